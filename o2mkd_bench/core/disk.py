@@ -1,0 +1,102 @@
+"""Bringing files to the disk for good, and saying in one sentence why they cannot be brought there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import StoreError
+from .manifest import FileRecord, check_file_name
+
+
+@contextmanager
+def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
+    """Turn "cannot write below ``place``" into one StoreError that names the place and the mend.
+
+    Libraries that write on their own account report a full disk in words; those are understood too.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = _trouble(error, place)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(f"{what} {place} is on a full disk; free space there or {elsewhere}") from error
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            reason = os.strerror(code).lower()
+            raise StoreError(f"{what} {place} cannot be written ({reason}); make it writable or {elsewhere}") from error
+        if code in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
+            raise StoreError(f"{what} {place} is not a folder; {elsewhere}") from error
+        raise
+
+
+def _trouble(error: Exception, place: Path) -> int | None:
+    """The errno of an error that is about ``place``, a folder above it or something below it; else None."""
+    if not isinstance(error, OSError):
+        return errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        path = Path(os.path.abspath(os.fsdecode(error.filename)))
+        if not (path.is_relative_to(place) or place.is_relative_to(path)):
+            return None
+    return error.errno
+
+
+def seal(folder: Path) -> dict[str, FileRecord]:
+    """Bring every file and folder below ``folder`` to the disk; what the files are, by name.
+
+    Raises:
+        ValueError: for links and other things that are no plain files, and for names an artifact cannot hold.
+    """
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{name} is no plain file and cannot be stored")
+        if path.is_dir():
+            sync(path)
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            records[check_file_name(name)] = FileRecord(size=os.fstat(file.fileno()).st_size, sha256=digest)
+    return records
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, and bring it to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Bring the entries of ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def renamed(folder: Path, place: Path) -> bool:
+    """Whether ``folder`` took its place; False where something that is no empty folder stands there."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,28 @@
+"""The ways a run can end badly, told apart by who can mend them."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one sentence that names the file, the key and the mend; exit code 2."""
+
+
+class StoreError(UserError):
+    """The store cannot be written: full, read-only, forbidden. Nothing more can be done in this run."""
+
+
+class PluginError(UserError):
+    """A plugin that a suite needs is broken, ambiguous, or unknown."""
+
+
+class CorruptArtifact(Exception):
+    """A stored file is not what its manifest says. The run discards the artifact and makes it anew."""
+
+    def __init__(self, identity: str, reason: str) -> None:
+        super().__init__(f"artifact {identity}: {reason}")
+        self.identity = identity
+        self.reason = reason
+
+
+class StageFailed(Exception):
+    """A stage could not be made; the cells that need it are recorded as failed with this text."""

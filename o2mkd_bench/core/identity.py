@@ -1,0 +1,60 @@
+"""The hash of everything that decides an artifact, and of nothing else (docs/semantics.md, Identity)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def resolved(options: BaseModel) -> dict[str, Any]:
+    """The fields of ``options`` that bear on a result and differ from their default, nested models included."""
+    found: dict[str, Any] = {}
+    for name, field in type(options).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        value = getattr(options, name)
+        if value == field.get_default(call_default_factory=True, validated_data={}):
+            continue
+        found[name] = plain(value)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON data with one form for every number: 1.0 and 1 are the same number.
+
+    Raises:
+        ValueError: for NaN and infinities, which have no JSON form, and for types JSON does not know.
+    """
+    match value:
+        case BaseModel():
+            return resolved(value)
+        case bool() | None | str():
+            return value.value if isinstance(value, Enum) else value
+        case int():
+            return value
+        case float():
+            if not math.isfinite(value):
+                raise ValueError(f"{value} cannot be part of an identity")
+            return int(value) if value.is_integer() and abs(value) < 2**53 else value
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case tuple() | list():
+            return [plain(item) for item in value]
+    raise ValueError(f"a {type(value).__name__} cannot be part of an identity")
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON of ``value``: sorted keys, no spaces, one form for every number."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def identity(value: Any) -> str:
+    """The first 20 hex digits (80 bits) of the SHA-256 of ``value``'s canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]

@@ -1,0 +1,117 @@
+"""Jobs, and wrappers: functions from a job to jobs. Pure data, no torch, so they compose with every KD method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from .errors import UserError
+from .intervals import Interval, Law
+from .options import Options
+from .schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A student to be trained.
+
+    Attributes:
+        role: its name within the cell, ``student``, ``warmup``, ``expert-0`` …
+        trains: the timesteps it learns; its samples are those of the stream that fall in here.
+        serves: the timesteps it is asked for when sampling; None for a job that is only a start for others.
+        law: the law of t of the stream it reads.
+        batch: B, images a step of that stream; the job sees ``batch * law.mass(trains)`` of them on average.
+        steps: optimiser steps of this job.
+        start: ``scratch``, ``teacher``, or the role of the job it continues.
+        offset: steps of the lineage before this job: its first position in the stream.
+        horizon: steps over which learning rate and EMA horizon are laid out, the same along a lineage.
+        student: the student spec, which a wrapper may replace.
+    """
+
+    role: str
+    trains: Interval
+    serves: Interval | None
+    law: Law
+    batch: int
+    steps: int
+    horizon: int
+    start: str = "scratch"
+    offset: int = 0
+    student: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> Fraction:
+        """Images this job sees: an expectation where interval edges cut through the stream's quantile slices."""
+        return self.steps * self.batch * self.law.mass(self.trains)
+
+    @property
+    def batch_share(self) -> float:
+        """Images of one optimiser step, on average."""
+        return float(self.batch * self.law.mass(self.trains))
+
+    def spec(self) -> dict[str, Any]:
+        """What of a job decides its result; where it serves does not."""
+        return {
+            "trains": [self.trains.lo, self.trains.hi],
+            "law": self.law.spec(),
+            "batch": self.batch,
+            "steps": self.steps,
+            "offset": self.offset,
+            "horizon": self.horizon,
+        }
+
+    def pace(self) -> Fraction:
+        """Schedule positions per step: above 1 when an expert must run through what is left in fewer steps."""
+        return Fraction(self.horizon - self.offset, self.steps)
+
+
+@dataclass(frozen=True)
+class Lift:
+    """What a wrapper may know at plan time beside the job."""
+
+    schedule: NoiseSchedule
+    interval_rule: Callable[[str], Callable[[int, NoiseSchedule], list[int]]]
+    where: str = "wrappers"
+
+
+class Wrapper(ABC):
+    """A wrapper plugin: one job on [0, T) in, jobs out whose ``serves`` cover [0, T) exactly once.
+
+    ``lifts``: True for a wrapper that makes several students; such wrappers do not nest.
+    """
+
+    lifts: ClassVar[bool] = False
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @abstractmethod
+    def wrap(self, job: Job, lift: Lift) -> tuple[Job, ...]:
+        """Jobs in an order in which each one's ``start`` comes before it."""
+
+
+def total_images(jobs: tuple[Job, ...]) -> Fraction:
+    """Images all jobs together see; what several experts start from is counted once."""
+    return sum((job.images for job in jobs), Fraction(0))
+
+
+def lineage(jobs: tuple[Job, ...], job: Job) -> tuple[Job, ...]:
+    """``job`` and the jobs it continues, oldest first."""
+    by_role = {j.role: j for j in jobs}
+    line = [job]
+    while line[0].start in by_role:
+        line.insert(0, by_role[line[0].start])
+    return tuple(line)
+
+
+def check_cover(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
+    """Raise UserError unless the jobs' ``serves`` cover ``[0, timesteps)`` exactly once."""
+    served = sorted(job.serves for job in jobs if job.serves is not None)
+    ends = [0, *(i.hi for i in served)]
+    if [i.lo for i in served] != ends[:-1] or ends[-1] != timesteps:
+        raise UserError(
+            f"{where}: the {len(served)} intervals {', '.join(map(str, served))} do not cover [0, {timesteps}) exactly once"
+        )

@@ -1,0 +1,44 @@
+"""What a model plugin gives: architectures as data at plan time, networks at run time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class ModelFamily(ABC):
+    """A family of denoisers. The module is torch-free; torch is imported inside the methods that compute.
+
+    An architecture is a plain JSON dict in the form of diffusers' ``config.json``, complete: no key is left to a
+    default that another diffusers version might change.
+    """
+
+    @abstractmethod
+    def teacher_config(self, options: Options, channels: int, size: int) -> dict[str, Any]:
+        """The architecture of a teacher trained from scratch on images of this shape."""
+
+    @abstractmethod
+    def student_config(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The architecture derived from the teacher's by ``width``, ``blocks`` or an explicit ``config``.
+
+        Raises:
+            UserError: naming ``where``, when the width gives channels that the normalisation groups do not divide.
+        """
+
+    @abstractmethod
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """The network with freshly initialised weights, on the CPU in float32, from torch's global generator."""
+
+    @abstractmethod
+    def forward(self, network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The raw prediction for ``x`` (B, C, H, W) at timesteps ``t`` (B,), same shape and dtype as ``x``."""
+
+    @abstractmethod
+    def roles(self, network: nn.Module) -> dict[str, str]:
+        """Role (``down.0`` … ``mid`` … ``up.3``) to module path."""

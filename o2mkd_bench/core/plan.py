@@ -1,0 +1,133 @@
+"""The plan: stages that make artifacts, and the cells that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .identity import identity
+from .jobs import Job
+from .program import Round
+
+# One number per kind of engine stage; raise it when the same spec gives another result.
+SEMANTICS = {
+    "data": 1,
+    "teacher": 1,
+    "state": 1,
+    "student": 1,
+    "round": 1,
+    "samples": 1,
+    "reference": 1,
+    "score": 1,
+    "speed": 1,
+    "probe": 1,
+}
+
+AXES = ("dataset", "teacher", "student", "method", "wrapper", "sampler", "steps", "budget", "weights", "seed")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work that makes one artifact.
+
+    Attributes:
+        spec: JSON data that decides the artifact, with ``needs`` and the kind's semantics number its whole identity.
+        needs: slot to the identities it is made from.
+        local: JSON data that cannot change the artifact: paths, batch sizes of sampling, checkpoint intervals.
+    """
+
+    identity: str
+    kind: str
+    label: str
+    spec: Mapping[str, Any]
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    local: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        kind: str,
+        label: str,
+        spec: Mapping[str, Any],
+        needs: Mapping[str, tuple[str, ...]] | None = None,
+        local: Mapping[str, Any] | None = None,
+    ) -> Stage:
+        needs = needs or {}
+        name = identity({"kind": kind, "semantics": SEMANTICS[kind], "spec": spec, "needs": needs})
+        return cls(name, kind, label, spec, needs, local or {})
+
+    def inputs(self) -> Iterator[str]:
+        for ids in self.needs.values():
+            yield from ids
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training makes for a cell: the jobs, and the artifacts that serve each interval."""
+
+    jobs: tuple[Job, ...]
+    edges: tuple[int, ...]
+    students: tuple[str, ...]
+    configs: tuple[Mapping[str, Any], ...]
+    prediction: str
+    rounds: tuple[Round, ...] = ()
+    rounds_images: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table.
+
+    ``unresolved`` is not empty when the stages cannot be named yet (a hub teacher that is not downloaded).
+    """
+
+    labels: Mapping[str, Any]
+    role: str
+    identity: str = ""
+    samples: str = ""
+    scores: tuple[str, ...] = ()
+    speed: str = ""
+    probe: str = ""
+    nfe: int = 0
+    calls: tuple[int, ...] = ()
+    trained: Trained | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    baseline_of: tuple[str, ...] = ()
+    unresolved: str = ""
+
+    def stages(self) -> tuple[str, ...]:
+        return tuple(i for i in (self.samples, *self.scores, self.speed, self.probe) if i)
+
+    def describe(self) -> str:
+        return " / ".join(str(self.labels[a]) for a in AXES if self.labels.get(a) not in ("", None))
+
+
+@dataclass
+class Plan:
+    """Stages by identity, each after those it needs, and the cells."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    references: list[dict[str, Any]] = field(default_factory=list)
+    protocols: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, stage: Stage) -> str:
+        self.stages.setdefault(stage.identity, stage)
+        return stage.identity
+
+    def closure(self, wanted: Iterable[str]) -> dict[str, Stage]:
+        """``wanted`` and everything they are made from, in the plan's order."""
+        need: set[str] = set()
+        queue = list(wanted)
+        while queue:
+            name = queue.pop()
+            if name not in need:
+                need.add(name)
+                queue.extend(self.stages[name].inputs())
+        return {name: stage for name, stage in self.stages.items() if name in need}
+
+    def wanted(self) -> list[str]:
+        """The stages that cells and references ask for by name."""
+        ends = [i for cell in self.cells for i in cell.stages()]
+        return [*(r["score"] for r in self.references), *ends]

@@ -1,0 +1,187 @@
+"""Who registered what. One broken plugin stops nobody but those who need it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import pluggy
+from pydantic import ValidationError
+
+from .errors import PluginError
+from .hookspecs import API, GROUP, KINDS, HookSpecs
+from .options import Options
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One registered name. ``load`` imports the target; all the rest is known without it."""
+
+    kind: str
+    name: str
+    target: str
+    options: type[Options]
+    version: str
+    paper: str
+    summary: str
+    distribution: str
+    distribution_version: str
+    traits: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The target itself.
+
+        Raises:
+            PluginError: when the target cannot be imported.
+        """
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                f"plugin {self.kind}:{self.name} of {self.distribution} cannot load its target {self.target!r}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def parse(self, options: Mapping[str, Any]) -> Options:
+        """Validated options.
+
+        Raises:
+            pydantic.ValidationError: for unknown keys and wrong values.
+        """
+        return self.options.model_validate(dict(options))
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A distribution whose plugin could not be loaded, and why."""
+
+    distribution: str
+    distribution_version: str
+    module: str
+    error: str
+
+
+class Registry:
+    """All plugins of this interpreter, loaded one distribution at a time."""
+
+    def __init__(self) -> None:
+        self._plugins: dict[tuple[str, str], list[Plugin]] = {}
+        self.broken: list[BrokenPlugin] = []
+
+    def add(self, module: ModuleType | Any, distribution: str, version: str, name: str) -> None:
+        """Call every hook of one plugin module; a failure is recorded and undoes what it had registered."""
+        found: list[Plugin] = []
+        try:
+            api = getattr(module, "api", None)
+            if api != API:
+                raise PluginError(f"{name} declares api = {api!r}, this o2mkd-bench offers api = {API}; update one of them")
+            manager = pluggy.PluginManager(GROUP)
+            manager.add_hookspecs(HookSpecs)
+            manager.register(module, name=name)
+            manager.check_pending()
+            for kind in KINDS:
+                getattr(manager.hook, f"register_{kind}")(register=self._register(kind, distribution, version, found))
+        except Exception as error:
+            text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            self.broken.append(BrokenPlugin(distribution, version, name, text))
+            return
+        for plugin in found:
+            self._plugins.setdefault((plugin.kind, plugin.name), []).append(plugin)
+
+    @staticmethod
+    def _register(kind: str, distribution: str, dist_version: str, found: list[Plugin]) -> Callable[..., None]:
+        def register(
+            name: str,
+            target: str,
+            *,
+            options: type[Options] = Options,
+            version: str = "1",
+            paper: str = "",
+            summary: str = "",
+            **traits: Any,
+        ) -> None:
+            if not (inspect.isclass(options) and issubclass(options, Options)):
+                raise PluginError(f"the options of {kind}:{name} are no subclass of o2mkd_bench.Options; derive them from it")
+            if ":" not in target:
+                raise PluginError(f"the target of {kind}:{name} is {target!r}; write it as 'package.module:Attribute'")
+            if any(p.kind == kind and p.name == name for p in found):
+                raise PluginError(f"{kind}:{name} is registered twice by {distribution}; give one of them another name")
+            found.append(
+                Plugin(kind, name, target, options, str(version), paper, summary, distribution, dist_version, traits)
+            )
+
+        return register
+
+    def all(self, kind: str | None = None) -> list[Plugin]:
+        """Every plugin, built-ins first, in order of kind and name."""
+        plugins = [p for group in self._plugins.values() for p in group if kind in (None, p.kind)]
+        return sorted(plugins, key=lambda p: (KINDS.index(p.kind), p.distribution != BUILTIN, p.name))
+
+    def get(self, kind: str, name: str) -> Plugin:
+        """The plugin a suite means by ``name`` or by ``distribution:name``.
+
+        A built-in is never shadowed; a name that two other plugins claim must be written with its distribution.
+
+        Raises:
+            PluginError: for an unknown or ambiguous name; near misses and broken plugins are named.
+        """
+        owner, _, short = name.rpartition(":")
+        claims = self._plugins.get((kind, short), [])
+        if owner:
+            claims = [p for p in claims if p.distribution == owner]
+        builtin = [p for p in claims if p.distribution == BUILTIN]
+        if builtin or len(claims) == 1:
+            return (builtin or claims)[0]
+        if claims:
+            names = " or ".join(f"{p.distribution}:{short}" for p in claims)
+            raise PluginError(f"{kind} {short!r} is claimed by two plugins; write {names}")
+        known = [p.name for p in self.all(kind)]
+        near = difflib.get_close_matches(short, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        broken = "".join(f"; plugin {b.distribution} did not load: {b.error}" for b in self.broken)
+        raise PluginError(f"no {kind} plugin is called {name!r}; {hint}known are {', '.join(known) or 'none'}{broken}")
+
+
+BUILTIN = "o2mkd-bench"
+
+
+def entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    return importlib.metadata.entry_points(group=GROUP)
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The registry of this process. ``O2MKD_BENCH_PLUGINS`` (comma-separated distributions) limits third parties."""
+    found = Registry()
+    allowed = os.environ.get("O2MKD_BENCH_PLUGINS")
+    names = None if allowed is None else {BUILTIN, *(n.strip() for n in allowed.split(","))}
+    seen: set[tuple[str, str]] = set()
+    for entry in sorted(entry_points(), key=lambda e: (e.dist is None or e.dist.name != BUILTIN, e.name)):
+        distribution = entry.dist.name if entry.dist else "unknown"
+        version = entry.dist.version if entry.dist else "0"
+        if (distribution, entry.value) in seen or (names is not None and distribution not in names):
+            continue
+        seen.add((distribution, entry.value))
+        try:
+            module = entry.load()
+        except Exception as error:
+            found.broken.append(BrokenPlugin(distribution, version, entry.value, f"{type(error).__name__}: {error}"))
+            continue
+        found.add(module, distribution, version, entry.value)
+    return found
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one clause: the first offending key, what is wrong, the near miss."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "value"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"

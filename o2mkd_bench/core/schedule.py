@@ -1,0 +1,92 @@
+"""Noise schedules in float64 numpy: known at plan time, one source for samplers, losses and interval rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete variance-preserving schedule, ``x_t = alpha_t * x0 + sigma_t * noise`` (Ho et al., arXiv 2006.11239).
+
+    Attributes:
+        kind: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``, with the meaning they have in diffusers.
+        timesteps: T, the number of training timesteps.
+    """
+
+    kind: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    timesteps: int = 1000
+    trained_betas: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any], where: str = "scheduler_config.json") -> NoiseSchedule:
+        """Read a diffusers ``scheduler_config.json``.
+
+        Raises:
+            UserError: for a beta schedule that is not one of the three known ones.
+        """
+        betas = config.get("trained_betas")
+        kind = config.get("beta_schedule", "linear")
+        if betas is None and kind not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+            raise UserError(f"{where}: beta_schedule {kind!r} is not known; use linear, scaled_linear or squaredcos_cap_v2")
+        if config.get("rescale_betas_zero_snr"):
+            raise UserError(f"{where}: rescale_betas_zero_snr is not supported; set it to false")
+        return cls(
+            kind=kind,
+            beta_start=float(config.get("beta_start", 1e-4)),
+            beta_end=float(config.get("beta_end", 0.02)),
+            timesteps=int(config.get("num_train_timesteps", 1000)),
+            trained_betas=None if betas is None else tuple(float(b) for b in betas),
+        )
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The keys by which diffusers builds the same schedule."""
+        return {
+            "beta_schedule": self.kind,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "num_train_timesteps": self.timesteps,
+            "trained_betas": None if self.trained_betas is None else list(self.trained_betas),
+        }
+
+    @cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """alpha_t squared, shape (T,), float64, strictly decreasing."""
+        n = self.timesteps
+        if self.trained_betas is not None:
+            betas = np.asarray(self.trained_betas, dtype=np.float64)
+        elif self.kind == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, n, dtype=np.float64)
+        elif self.kind == "scaled_linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, n, dtype=np.float64) ** 2
+        else:
+            bar = np.cos((np.arange(n + 1, dtype=np.float64) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+        return np.cumprod(1 - betas)
+
+    @cached_property
+    def alpha(self) -> NDArray[np.float64]:
+        """Signal scale, shape (T,)."""
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def sigma(self) -> NDArray[np.float64]:
+        """Noise scale, shape (T,)."""
+        return np.sqrt(1 - self.alphas_cumprod)
+
+    @cached_property
+    def log_snr(self) -> NDArray[np.float64]:
+        """log(alpha^2 / sigma^2), shape (T,), natural logarithm, strictly decreasing."""
+        return np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)

@@ -1,0 +1,43 @@
+"""Which plugin sources an artifact was made by: not part of its identity, but said when they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import PluginError
+from .plan import Stage
+from .plugins import Registry
+
+
+def sources(stage: Stage, registry: Registry) -> dict[str, str]:
+    """``kind:name`` of each plugin that makes ``stage``, to the first 16 hex digits of its module's SHA-256."""
+    spec = stage.spec
+    named: list[tuple[str, str]] = []
+    if stage.kind == "data":
+        named.append(("datasets", spec["name"]))
+    if "sampler" in spec:
+        named.append(("samplers", spec["sampler"]["name"]))
+    named += [("kd_methods", m["name"]) for m in spec.get("methods", ())]
+    named += [("metrics", m["name"]) for m in spec.get("metrics", ())]
+    if isinstance(spec.get("network"), dict) and "family" in spec["network"]:
+        named.append(("models", spec["network"]["family"]["name"]))
+    return {f"{kind}:{name}": module_hash(registry.get(kind, name).target.partition(":")[0]) for kind, name in named}
+
+
+@lru_cache(maxsize=None)
+def module_hash(module: str) -> str:
+    """The first 16 hex digits of the SHA-256 of a module's source file.
+
+    Raises:
+        PluginError: when there is no such file.
+    """
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError as error:
+        raise PluginError(f"the module {module} of a plugin cannot be found: {error}") from None
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise PluginError(f"the module {module} of a plugin has no source file; reinstall its package")
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:16]

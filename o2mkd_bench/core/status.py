@@ -1,0 +1,84 @@
+"""How far a plan is: what is in the store, what failed and why, what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import CorruptArtifact
+from .plan import Cell, Plan, Stage
+from .plugins import Registry
+from .sources import sources
+from .store import Store
+
+# A feature network whose weights are not here leaves its columns empty; the cell is not at fault.
+UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A cell's state; ``reason`` says why it failed; ``empty`` why columns of a done cell are."""
+
+    cell: Cell
+    status: Literal["done", "failed", "missing", "unresolved"]
+    reason: str = ""
+    empty: tuple[str, ...] = ()
+
+
+class Survey:
+    """Looks at the store once for a whole plan."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.plan = plan
+        self.store = store
+        self._present: dict[str, bool] = {}
+
+    def present(self, identity: str) -> bool:
+        """Whether the artifact is there; looked up once."""
+        if identity not in self._present:
+            self._present[identity] = self.store.has(identity)
+        return self._present[identity]
+
+    def missing(self) -> dict[str, Stage]:
+        """The stages that must still be made for the plan's cells, in the plan's order."""
+        needed: set[str] = set()
+        queue = self.plan.wanted()
+        while queue:
+            name = queue.pop()
+            if name not in needed and not self.present(name):
+                needed.add(name)
+                queue.extend(self.plan.stages[name].inputs())
+        return {name: stage for name, stage in self.plan.stages.items() if name in needed}
+
+    def standing(self, cell: Cell) -> Standing:
+        """Done, failed with the reason of the first stage that failed, or missing."""
+        if cell.unresolved:
+            return Standing(cell, "unresolved", cell.unresolved)
+        absent = [name for name in cell.stages() if not self.present(name)]
+        if not absent:
+            return Standing(cell, "done")
+        found = [self.store.failure(name) for name in self.plan.closure(absent) if not self.present(name)]
+        failures = [failure for failure in found if failure is not None]
+        serious = [f for f in failures if f["category"] != UNAVAILABLE]
+        if serious:
+            return Standing(cell, "failed", f"{serious[0]['label']}: {serious[0]['reason']}")
+        if failures and set(absent) <= set(cell.scores):
+            return Standing(cell, "done", empty=tuple(dict.fromkeys(f["reason"] for f in failures)))
+        return Standing(cell, "missing")
+
+    def standings(self) -> list[Standing]:
+        return [self.standing(cell) for cell in self.plan.cells]
+
+    def changed(self, registry: Registry) -> list[Stage]:
+        """Present stages whose plugins have another source now than when they were made."""
+        found = []
+        for name, stage in self.plan.stages.items():
+            if not self.present(name):
+                continue
+            try:
+                made_by = self.store.manifest(name).meta.get("sources", {})
+            except CorruptArtifact:
+                continue
+            if made_by != sources(stage, registry):
+                found.append(stage)
+        return found

@@ -1,0 +1,69 @@
+"""Networks that answer for intervals of t, seen as one denoiser of a batch with mixed t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.models import ModelFamily
+from ..core.schedule import NoiseSchedule, Prediction
+from .kd import convert
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The schedule on a device, float32, shape (T,)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    snr: Tensor
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, device: torch.device) -> Tables:
+        a, s = schedule.alpha, schedule.sigma
+        return cls(*(torch.from_numpy(v.astype("float32")).to(device) for v in (a, s, (a / s) ** 2)))
+
+
+class Call:
+    """One network as a function of (x, t): autocast to the suite's precision, the result in float32."""
+
+    def __init__(self, family: ModelFamily, network: nn.Module, precision: str) -> None:
+        self.family = family
+        self.network = network
+        self.dtype = DTYPES[precision]
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.family.forward(self.network, x, t, condition).float()
+
+
+class Experts:
+    """K networks by interval, for batches in which every sample has its own t."""
+
+    def __init__(self, calls: Sequence[Call], edges: Sequence[int], prediction: Prediction, tables: Tables) -> None:
+        self.calls = list(calls)
+        self.edges = torch.tensor(list(edges), dtype=torch.int64)
+        self.prediction = prediction
+        self.tables = tables
+
+    def raw(self, x: Tensor, t: Tensor) -> Tensor:
+        """The prediction of the expert in charge of each sample's t, in the networks' own type."""
+        if len(self.calls) == 1:
+            return self.calls[0](x, t)
+        owner = torch.bucketize(t, self.edges.to(t.device), right=True)
+        out = torch.empty_like(x)
+        for k, call in enumerate(self.calls):
+            mine = owner == k
+            if bool(mine.any()):
+                out[mine] = call(x[mine], t[mine])
+        return out
+
+    def predict(self, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
+        """The prediction in type ``target``, float32."""
+        alpha, sigma = self.tables.alpha[t], self.tables.sigma[t]
+        return convert(self.raw(x, t), self.prediction, target, x, alpha, sigma)

@@ -1,0 +1,85 @@
+"""The objectives of progressive distillation (Salimans & Ho, arXiv 2202.00512)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .denoiser import Call, Experts
+from .distil import Setting
+from .kd import convert
+from .loop import Objective
+from .stream import StreamBatch
+
+
+class Halve(Objective):
+    """One student step learns two DDIM steps of the round before; the stream's t counts entries of the grid.
+
+    ``grid`` and ``fine`` are ascending tensors of training timesteps on the device; for a ``convert`` round ``fine``
+    is empty and the target is the round before itself. The loss is the x0 error weighted by max(SNR, 1).
+    """
+
+    def __init__(
+        self, setting: Setting, student: Call, before: Experts, grid: Sequence[int], fine: Sequence[int], clip: str
+    ) -> None:
+        device = setting.data.device
+        self.setting = setting
+        self.student = student
+        self.before = before
+        self.clip = clip
+        self.grid = torch.tensor(sorted(grid), device=device)
+        self.fine = torch.tensor(sorted(fine), device=device)
+
+    def loss(self, batch: StreamBatch, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        s = self.setting
+        entry = batch.t[rows]
+        t = self.grid[entry]
+        x0 = s.stream.images(batch, s.data, rows)
+        noise = s.stream.noise(batch, x0.shape[1:], rows)
+        alpha, sigma = s.tables.alpha[t], s.tables.sigma[t]
+        x_t = _wide(alpha) * x0 + _wide(sigma) * noise
+        with torch.no_grad():
+            target = self._target(x_t, t, entry)
+        x_hat = convert(self.student(x_t, t), s.prediction, "sample", x_t, alpha, sigma)
+        error = (x_hat - target).square().flatten(1).mean(1)
+        term = (s.tables.snr[t].clamp(min=1) * error).mean()
+        return term, {"x0": term}
+
+    def _target(self, x_t: Tensor, t: Tensor, entry: Tensor) -> Tensor:
+        if len(self.fine) == 0:
+            return self._x0(x_t, t)[0]
+        # the fine grid holds every coarse entry and one more below each: entry i of the coarse is 2i + 1 of the fine
+        place = 2 * entry + 1
+        middle = self._step(x_t, t, place - 1)
+        end = self._step(middle, self.fine[place - 1], place - 2)
+        a_end, s_end = self._level(place - 2)
+        ratio = s_end / _wide(self.setting.tables.sigma[t])
+        return (end - ratio * x_t) / (a_end - ratio * _wide(self.setting.tables.alpha[t]))
+
+    def _x0(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        tables = self.setting.tables
+        epsilon = self.before.predict(x, t, "epsilon")
+        alpha, sigma = _wide(tables.alpha[t]), _wide(tables.sigma[t])
+        x0 = (x - sigma * epsilon) / alpha
+        if self.clip != "none":
+            x0 = x0.clamp(-1, 1)
+            if self.clip == "x0+epsilon":
+                epsilon = (x - alpha * x0) / sigma
+        return x0, epsilon
+
+    def _level(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at entries of the fine grid; below its first entry stands the image itself, sigma 0."""
+        tables, inside = self.setting.tables, place >= 0
+        t = self.fine[place.clamp(min=0)]
+        return _wide(torch.where(inside, tables.alpha[t], 1.0)), _wide(torch.where(inside, tables.sigma[t], 0.0))
+
+    def _step(self, x: Tensor, t: Tensor, place: Tensor) -> Tensor:
+        x0, epsilon = self._x0(x, t)
+        alpha, sigma = self._level(place)
+        return alpha * x0 + sigma * epsilon
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.view(-1, 1, 1, 1)

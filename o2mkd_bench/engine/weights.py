@@ -1,0 +1,135 @@
+"""Weights on disk: safetensors, loaded strictly, so that a half-loaded network cannot exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..core.checkpoints import SCHEDULER, WEIGHTS, Checkpoint
+from ..core.errors import UserError
+from ..core.models import ModelFamily
+from ..core.schedule import NoiseSchedule, Prediction
+
+# diffusers renamed the parts of its attention block in 0.15; files from before that, among them those of
+# google/ddpm-cifar10-32, keep the old names.
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def save_weights(weights: nn.Module | Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a network's state as safetensors; equal tensors make equal bytes.
+
+    Floating tensors are stored as ``dtype``, others as they are.
+
+    Raises:
+        UserError: when a finite value does not fit into ``dtype``.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    stored: dict[str, Tensor] = {}
+    for name, tensor in sorted(state.items()):
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        # a copy, because safetensors refuses tensors that share memory
+        stored[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
+        if tensor.is_floating_point() and not torch.equal(stored[name].isfinite(), tensor.detach().isfinite().cpu()):
+            raise UserError(f"{path}: values of {name} do not fit into {dtype}; store the weights as torch.float32")
+    save_file(stored, path, metadata={"format": "pt"})
+
+
+def read_weights(paths: Path | Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of one or several files as they are stored, on the CPU.
+
+    Raises:
+        UserError: for a file that is missing or no safetensors, or a tensor that two files hold.
+    """
+    state: dict[str, Tensor] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        try:
+            shard = load_file(path)
+        except FileNotFoundError:
+            raise UserError(f"the weights {path} are missing; put them there") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error}); copy it again") from error
+        if twice := sorted(state.keys() & shard.keys()):
+            raise UserError(f"{path} holds {_some(twice)}, which another shard holds too; save the weights again")
+        state |= shard
+    return state
+
+
+def load_weights(network: nn.Module, paths: Path | Sequence[Path]) -> None:
+    """Copy stored weights into ``network``, cast to its dtypes and device; every key and shape must agree.
+
+    Attention parts under the names that diffusers used before 0.15 are accepted.
+
+    Raises:
+        UserError: naming file, and the first few keys that are missing, left over or of another shape.
+    """
+    state = read_weights(paths)
+    own = network.state_dict()
+    for old in [key for key in state if key not in own]:
+        if (new := _renamed(old)) in own and new not in state:
+            state[new] = state.pop(old)
+    file = paths if isinstance(paths, Path) else " and ".join(str(p) for p in paths)
+    faults = {
+        "lacks": sorted(own.keys() - state.keys()),
+        "has left over": sorted(state.keys() - own.keys()),
+        "has in another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+            for key in sorted(own.keys() & state.keys())
+            if own[key].shape != state[key].shape
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{fault} {_some(keys)}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{file} does not fit the network: it {told}; use the config.json that belongs to the weights")
+    network.load_state_dict(state, strict=True)
+
+
+def load_checkpoint(checkpoint: Checkpoint, family: ModelFamily) -> nn.Module:
+    """The pretrained network in eval mode, float32, on the CPU; torch's global generator is left as it was.
+
+    Raises:
+        UserError: when the weights do not fit the config.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = family.build(checkpoint.model)
+    load_weights(network, checkpoint.weights)
+    return network.eval()
+
+
+def export_pipeline(
+    network: nn.Module, config: Mapping[str, Any], schedule: NoiseSchedule, prediction: Prediction, folder: Path
+) -> None:
+    """Write a trained network as a diffusers pipeline that ``DDPMPipeline.from_pretrained`` opens.
+
+    ``config``: the network's complete config; weights are stored in float32. An existing ``folder`` is written into.
+    """
+    unet, scheduler = folder / "unet", folder / "scheduler"
+    for part in (unet, scheduler):
+        part.mkdir(parents=True, exist_ok=True)
+    _write(unet / "config.json", config)
+    save_weights(network, unet / WEIGHTS)
+    settings = {"prediction_type": prediction, "variance_type": "fixed_small", "clip_sample": True}
+    _write(scheduler / SCHEDULER, {"_class_name": "DDPMScheduler", **schedule.scheduler_config(), **settings})
+    parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", "DDPMScheduler"]}
+    _write(folder / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+
+
+def _renamed(key: str) -> str:
+    """``key`` with the part's present name: ``attentions.0.query.weight`` is ``attentions.0.to_q.weight`` now."""
+    path, _, kind = key.rpartition(".")
+    block, _, part = path.rpartition(".")
+    return f"{block}.{ATTENTION.get(part, part)}.{kind}"
+
+
+def _some(keys: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,76 @@
+"""The raw table: one row for each cell and seed, nothing averaged, nothing rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .lines import Results, Row, metrics
+from .text import finite, listed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEXTS = ("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler")
+LEADING_COLUMNS = (
+    *TEXTS,
+    *("steps", "nfe", "spacing", "clip", "budget", "weights", "seed", "students", "edges", "calls", "prediction"),
+    *("precision", "device", "batch", "batch_per_student", "steps_per_student", "images_per_student", "images_total"),
+    *("rounds_images", "params_total", "params_active", "macs_per_image", "speed_batch", "speed_compile"),
+    *("speed_device", "samples", "reason"),
+)
+"""Columns before the scores, the same for every suite. A value for each expert is joined with semicolons."""
+
+TIMING_COLUMNS = (
+    "train_seconds",
+    "device_seconds",
+    "images_per_second",
+    "latency_ms_median",
+    "latency_ms_p90",
+    "peak_memory_mb",
+)
+"""Columns at the end, which differ from run to run; all others are the same, byte for byte, on the CPU."""
+
+_INTEGERS = ("steps", "nfe", "seed", "students", "batch", "images_total", "rounds_images")
+_COUNTS = (*_INTEGERS, "params_total", "params_active", "macs_per_image", "speed_batch")
+_SPEED = {"speed_batch": "batch", "speed_compile": "compile", "speed_device": "device"}
+
+
+def frame(results: Results) -> pd.DataFrame:
+    """One row for each cell and seed, in the order of the suite; metric columns sorted by name.
+
+    Counts have dtype Int64 (float64 where one is not whole), scores and timings float64, the rest is text; what is
+    missing is empty.
+
+    Raises:
+        UserError: when the results mix protocols in one column.
+    """
+    import pandas as pd
+
+    scores = sorted(metric.column for metric in metrics(results))
+    data: dict[str, pd.Series[Any]] = {}
+    for column in LEADING_COLUMNS:
+        values = [_leading(row, column) for row in results["rows"]]
+        if column in _COUNTS:
+            whole = all(value is None or float(value).is_integer() for value in values)
+            data[column] = pd.Series(values, dtype="Int64" if whole else "Float64")
+        else:
+            data[column] = pd.Series([None if value is None else listed(value, ";") for value in values], dtype=object)
+    for column in scores:
+        found = [finite((row.get("scores") or {}).get(column)) for row in results["rows"]]
+        data[column] = pd.Series(found, dtype="float64")
+    for column in TIMING_COLUMNS:
+        found = [finite((row.get("speed") or {}).get(column, row.get(column))) for row in results["rows"]]
+        data[column] = pd.Series(found, dtype="float64")
+    return pd.DataFrame(data)
+
+
+def _leading(row: Row, column: str) -> Any:
+    if column in _SPEED:
+        return (row.get("speed") or {}).get(_SPEED[column])
+    return row.get(column)
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """:func:`frame` as CSV: UTF-8, ``\\n`` at the end of lines, floats in their shortest exact form."""
+    path.write_text(frame(results).to_csv(index=False, lineterminator="\n"), encoding="utf-8", newline="")

@@ -1,0 +1,253 @@
+"""Tables for people and papers, derived from the results and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .lines import CELL, Line, Metric, Results, Section, sections
+from .notes import BASELINE, count, notes, si_pair, varying
+from .text import decimals, listed, markdown_text, shared, si, si_listed, spread
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Align = Literal["left", "right"]
+_REASON = 48
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands in one place of a table."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """``fill`` gives what stands in a line."""
+
+    header: str
+    align: Align
+    fill: Callable[[Line], Text]
+
+
+def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[Column]:
+    """The columns of a section's table, all of them or a compact choice.
+
+    ``extra``: keys that differ between lines, and must be seen for lines to be told apart.
+    """
+
+    def plain(header: str, fill: Callable[[Line], str], align: Align = "right") -> Column:
+        return Column(header, align, lambda line: Text(fill(line)))
+
+    def named(key: str) -> Column:
+        return plain(key, lambda line: line.text(key), "left")
+
+    found = [
+        plain("student", lambda line: "teacher" if line.is_teacher else line.text("student"), "left"),
+        named("method"),
+        plain("wrapper", _wrapper, "left"),
+        named("sampler"),
+        *(named(key) for key in extra),
+        plain("NFE", lambda line: line.text("nfe")),
+        *(_scores(section, metric, i == 0, full) for i, metric in enumerate(section.metrics)),
+        plain("images/s" if full else "img/s", lambda line: si(line.mean("images_per_second"))),
+    ]
+    cost = plain("MACs/image" if full else "MACs", lambda line: si(line.mean("macs_per_image")))
+    if not full:
+        return [*found, cost, plain("images", lambda line: si(line.mean("images_total"))), plain("n", count)]
+    return [
+        *found,
+        plain("params (total / active)", lambda li: si_pair(li.mean("params_total"), li.mean("params_active"))),
+        cost,
+        plain("train images (each / total)", _images),
+        plain("batch×steps (each)", _batches),
+        plain("calls (each)", lambda line: listed(line["calls"])),
+        plain("n", count),
+    ]
+
+
+def _wrapper(line: Line) -> str:
+    return f"{line.text('wrapper')} {BASELINE if line['baseline_of'] else ''}".strip()
+
+
+def _images(line: Line) -> str:
+    total = line.mean("images_total")
+    return "" if total is None else f"{si_listed(line['images_per_student']) or '?'} / {si(total)}"
+
+
+def _batches(line: Line) -> str:
+    batch, steps = shared(line["batch_per_student"]), shared(line["steps_per_student"])
+    if steps is None:
+        return ""
+    sides = [f"({text})" if ", " in (text := listed(side)) else text for side in (batch, steps)]
+    return f"{sides[0] or '?'}×{sides[1]}"
+
+
+def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column:
+    """A metric's column; the ``first`` one also says what failed and what is missing, and ``full`` says why."""
+    column = metric.column
+    places = decimals(line.scores[column].mean for line in section.lines if column in line.scores)
+
+    def fill(line: Line) -> Text:
+        if score := line.scores.get(column):
+            return Text(spread(score.mean, score.sd, places), score.bold)
+        if not first or line.done:
+            return Text("")
+        if not line.reasons:
+            return Text("missing")
+        if not full:
+            return Text("failed")
+        reason = " ".join(line.reasons[0].split())
+        return Text(f"failed: {reason if len(reason) <= _REASON else reason[: _REASON - 1] + '…'}")
+
+    return Column(metric.header, "right", fill)
+
+
+def markdown(results: Results) -> str:
+    """All tables as one Markdown page.
+
+    Raises:
+        UserError: when one column mixes protocols, here and in every function below.
+    """
+    from tabulate import tabulate
+
+    parts = sections(results)
+    extra = varying(parts)
+    page = [f"# {markdown_text(results.get('suite', 'results'))}", ""]
+    for section in parts:
+        shown = columns(section, extra)
+        rows = [[_markdown(column.fill(line)) for column in shown] for line in section.lines]
+        headers = [markdown_text(column.header) for column in shown]
+        align = [column.align for column in shown]
+        table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+        page += [f"## {markdown_text(section.dataset)}, teacher {markdown_text(section.teacher)}", "", table, ""]
+    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts), *_made(results)]]
+    return "\n".join(page) + "\n"
+
+
+def _made(results: Results) -> list[str]:
+    commit = results.get("git_commit")
+    said = [f"made {results['created']}"] if results.get("created") else []
+    said += [f"commit {str(commit)[:12]}"] if commit else []
+    return [", ".join(said)] if said else []
+
+
+def _markdown(cell: Text) -> str:
+    return f"**{markdown_text(cell.text)}**" if cell.bold else markdown_text(cell.text)
+
+
+_LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    **{"±": "$\\pm$", "×": "$\\times$", "↓": "$\\downarrow$", "↑": "$\\uparrow$", "†": "$\\dagger$", "…": "\\dots{}"},
+    **{"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"},
+    **{"<": "$<$", ">": "$>$", "|": "$|$"},
+}
+
+
+def latex(results: Results) -> str:
+    """One ``table*`` for each dataset and teacher, with the compact columns; needs the package ``booktabs``."""
+    parts = sections(results)
+    extra = varying(parts)
+    page = []
+    for section in parts:
+        shown = columns(section, extra, full=False)
+        rows = [" & ".join(_latex(column.fill(line)) for column in shown) + r" \\" for line in section.lines]
+        page += [
+            r"\begin{table*}[t]",
+            r"\centering",
+            rf"\caption{{{_tex(section.dataset)}, teacher {_tex(section.teacher)}.}}",
+            rf"\begin{{tabular}}{{{''.join(column.align[0] for column in shown)}}}",
+            r"\toprule",
+            " & ".join(_tex(column.header) for column in shown) + r" \\",
+            *[r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""],
+        ]
+    return "\n".join([*page, *(f"% {note}" for note in notes(results, parts))]) + "\n"
+
+
+def _latex(cell: Text) -> str:
+    return rf"\textbf{{{_tex(cell.text)}}}" if cell.bold else _tex(cell.text)
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def as_json(results: Results) -> str:
+    """The lines of the tables as JSON text: cells, scores with mean, sd, n and bold, and the footnotes."""
+    parts = sections(results)
+    tables = [
+        {
+            "dataset": section.dataset,
+            "teacher": section.teacher,
+            "metrics": [asdict(metric) for metric in section.metrics],
+            "lines": [_line(line) for line in section.lines],
+        }
+        for section in parts
+    ]
+    document = {"suite": results.get("suite"), "tables": tables, "notes": notes(results, parts)}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _line(line: Line) -> dict[str, Any]:
+    means = ("images_per_second", "params_total", "params_active", "macs_per_image", "images_total")
+    return {
+        **{key: line[key] for key in (*CELL, "role", "nfe", "baseline_of", "calls", "edges")},
+        "scores": {column: asdict(score) for column, score in line.scores.items()},
+        **{key: line.mean(key) for key in means},
+        "rows": len(line.rows),
+        "done": line.done,
+        "reasons": line.reasons,
+    }
+
+
+def terminal(results: Results, width: int = 110, colour: bool = False) -> str:
+    """The compact tables and their footnotes as text of at most ``width`` columns, with ANSI styles if ``colour``."""
+    import io
+
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text as Styled
+
+    parts = sections(results)
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
+    )
+    for section in parts:
+        console.print(_rich(section, columns(section, varying(parts), full=False)))
+    footnotes = Table.grid(padding=(0, 1))
+    for note in notes(results, parts):
+        footnotes.add_row(Styled("·", style="dim"), Styled(note, style="dim"))
+    console.print(Padding(footnotes, (0, 1)))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def _rich(section: Section, shown: Sequence[Column]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text as Styled
+
+    title = Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold"))
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, header_style="bold")
+    table.padding = (0, 1, 0, 0)
+    for column in shown:
+        # names may wrap where the window is narrow, numbers never
+        table.add_column(Styled(column.header), justify=column.align, no_wrap=column.align == "right", overflow="fold")
+    for line, after in zip(section.lines, [*section.lines[1:], None], strict=True):
+        group = [one and (one.is_teacher or one["nfe"]) for one in (line, after)]
+        style = "dim" if line.is_teacher else ""
+        table.add_row(*(_styled(column.fill(line)) for column in shown), style=style, end_section=group[0] != group[1])
+    return table
+
+
+def _styled(cell: Text) -> Any:
+    from rich.text import Text as Styled
+
+    style = "bold green" if cell.bold else "red" if cell.text.startswith("failed") else ""
+    return Styled(cell.text, style="yellow" if cell.text == "missing" else style)

@@ -1,0 +1,198 @@
+"""From a plan and a store to the results document: everything the tables are made of."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .core.jobs import lineage, total_images
+from .core.machine import machine_record
+from .core.plan import Cell, Trained
+from .core.session import Session
+from .core.status import Standing, Survey
+from .core.store import Store
+
+SCHEMA_VERSION = 1
+
+
+def document(session: Session) -> dict[str, Any]:
+    """The content of ``results.json``.
+
+    Raises:
+        CorruptArtifact: when a stored score, speed or probe is damaged.
+    """
+    survey = Survey(session.plan, session.store)
+    record = machine_record()
+    rows = [_row(session, survey.standing(cell)) for cell in session.plan.cells]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "suite": session.suite.name,
+        "description": session.suite.description,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {**record, "device": session.machine.name},
+        "versions": record["versions"],
+        "git_commit": record["commit"],
+        "axes": {axis: list(labels) for axis, labels in session.suite.labels().items()},
+        "metrics": _metrics(session),
+        "references": _references(session, survey),
+        "rows": rows,
+    }
+
+
+def _metrics(session: Session) -> list[dict[str, Any]]:
+    """Each dataset's columns, which way is better, and the protocol of the first score there is."""
+    found = []
+    for use in session.suite.datasets:
+        for metric in session.suite.metrics:
+            traits = metric.plugin.traits
+            for column in traits["columns"](metric.options, use.name):
+                found.append(
+                    {
+                        "dataset": use.label,
+                        "column": column,
+                        "higher_is_better": traits["higher_is_better"],
+                        "protocol": _protocol(session, use.label, column),
+                    }
+                )
+    return found
+
+
+def _protocol(session: Session, dataset: str, column: str) -> dict[str, Any] | None:
+    stored = [r["score"] for r in session.plan.references if r["dataset"] == dataset]
+    stored += [name for c in session.plan.cells if c.labels["dataset"] == dataset for name in c.scores]
+    for name in stored:
+        if session.store.has(name):
+            content = session.store.read_json(name, "scores.json")
+            if column in content["scores"]:
+                known = content["protocol"]
+                return {
+                    "network": known["network"],
+                    "sha256": known["sha256"],
+                    "reference": known["reference"],
+                    "reference_hash": known["reference_fingerprint"],
+                    "reference_images": known["reference_count"],
+                    # the held-out split has its own size; the rows' number of images is the protocol's
+                    "images": session.suite.sampling.images,
+                    "rounding": known["rounding"],
+                    "resize": known["resize"],
+                }
+    return None
+
+
+def _references(session: Session, survey: Survey) -> list[dict[str, Any]]:
+    """Scores of noise and of held-out real images, one entry a dataset and kind."""
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
+    for reference in session.plan.references:
+        key = (reference["dataset"], reference["what"])
+        entry = merged.setdefault(key, {"dataset": key[0], "what": key[1], "scores": {}})
+        if survey.present(reference["score"]):
+            content = session.store.read_json(reference["score"], "scores.json")
+            entry["scores"] |= content["scores"]
+            entry["images"] = content["protocol"]["images"]
+    return list(merged.values())
+
+
+def _row(session: Session, standing: Standing) -> dict[str, Any]:
+    cell, store = standing.cell, session.store
+    done = {name for name in cell.stages() if store.has(name)}
+    scores: dict[str, float] = {}
+    for name in cell.scores:
+        if name in done:
+            scores |= store.read_json(name, "scores.json")["scores"]
+    row: dict[str, Any] = {
+        "cell": cell.identity,
+        "status": standing.status,
+        "reason": standing.reason or "; ".join(standing.empty) or None,
+        **cell.labels,
+        "role": cell.role,
+        "baseline_of": list(cell.baseline_of) or None,
+        "nfe": cell.nfe,
+        "calls": list(cell.calls),
+        "device": session.machine.name,
+        **cell.facts,
+        "scores": scores,
+        "speed": store.read_json(cell.speed, "speed.json") if cell.speed in done else None,
+        "probe": store.read_json(cell.probe, "probe.json") if cell.probe in done else None,
+        "samples": f"samples/{picture_name(cell)}" if cell.samples in done else None,
+    }
+    if cell.trained is not None:
+        row |= training_facts(cell.trained) | _costs(store, cell, cell.trained)
+    return row
+
+
+def training_facts(trained: Trained) -> dict[str, Any]:
+    """Batch, steps and images of every student, from the jobs alone."""
+    facts: dict[str, Any] = {
+        "students": len(trained.students),
+        "edges": list(trained.edges),
+        "prediction": trained.prediction,
+    }
+    if trained.jobs:
+        serving = [job for job in trained.jobs if job.serves is not None]
+        lines = [lineage(trained.jobs, job) for job in serving]
+        facts |= {
+            "batch": serving[0].batch,
+            "batch_per_student": [job.batch_share for job in serving],
+            "steps_per_student": [sum(job.steps for job in line) for line in lines],
+            "images_per_student": [round(float(total_images(line))) for line in lines],
+            "images_total": round(float(total_images(trained.jobs))) + trained.rounds_images,
+            "rounds_images": trained.rounds_images,
+            "rounds": [f"{r.kind} {len(r.grid)}" for r in trained.rounds],
+        }
+    return facts
+
+
+def _costs(store: Store, cell: Cell, trained: Trained) -> dict[str, Any]:
+    """Parameters, MACs and seconds, where the students are there."""
+    if not all(store.has(name) for name in trained.students):
+        return {}
+    metas = [store.manifest(name).meta for name in trained.students]
+    called = [(meta["cost"], calls) for meta, calls in zip(metas, cell.calls, strict=True)]
+    seconds = _seconds(store, trained.students)
+    return {
+        "params_total": sum(cost["params"] for cost, _ in called),
+        "params_active": max((cost["params"] for cost, calls in called if calls), default=0),
+        "params_used": sum(cost["params"] for cost, calls in called if calls),
+        "macs_per_image": sum(cost["macs"] * calls for cost, calls in called),
+        "train_seconds": seconds if trained.jobs else None,
+        "device_seconds": seconds if trained.jobs and str(metas[0].get("device", "")).startswith("cuda") else None,
+    }
+
+
+def _seconds(store: Store, names: tuple[str, ...]) -> float:
+    """Training seconds of these artifacts and of what they continue, each counted once."""
+    total, seen, queue = 0.0, set(), list(names)
+    while queue:
+        name = queue.pop()
+        if name in seen or not store.has(name):
+            continue
+        seen.add(name)
+        manifest = store.manifest(name)
+        if manifest.kind in ("state", "student", "round"):
+            total += manifest.meta.get("seconds", 0.0)
+            queue += [n for slot in ("start", "before") for n in manifest.needs.get(slot, ())]
+    return total
+
+
+def picture_name(cell: Cell) -> str:
+    """A file name for a cell's picture that a person can read."""
+    words = [str(v) for v in cell.labels.values() if v not in ("", None)]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-").lower() + f"-{cell.identity[:6]}.png"
+
+
+def pictures(session: Session, out: Path, draw: Any, count: int = 64) -> None:
+    """``samples/*.png``: the first images of every finished cell; image i has the same noise in every picture."""
+    import numpy as np
+
+    folder = out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in session.plan.cells:
+        if cell.samples and session.store.has(cell.samples):
+            path = folder / picture_name(cell)
+            images = np.load(session.store.read(cell.samples, "images.npy"), mmap_mode="r", allow_pickle=False)
+            draw(np.asarray(images[:count]), path)
+
+

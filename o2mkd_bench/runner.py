@@ -1,0 +1,111 @@
+"""Run a suite from Python: ``o2mkd_bench.run("suites/quickstart.yaml").frame()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core.errors import CorruptArtifact
+from .core.events import Event, Observer, silent
+from .core.session import Session, prepare
+from .core.suite import Suite, from_mapping, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .execute import Walk
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run leaves: the document behind ``results.json``, and where it was written."""
+
+    document: Mapping[str, Any]
+    out: Path
+
+    @property
+    def failed(self) -> int:
+        """How many cells failed."""
+        return sum(row["status"] == "failed" for row in self.document["rows"])
+
+    def frame(self) -> pd.DataFrame:
+        """One row a cell and seed, with the columns of ``results.csv``."""
+        from .report.frame import frame
+
+        return frame(self.document)
+
+
+def run(
+    suite: str | Path | Mapping[str, Any] | Suite,
+    *,
+    out: Path | str | None = None,
+    store: Path | str | None = None,
+    only: Sequence[str] = (),
+    observer: Observer = silent,
+    **options: bool,
+) -> Results:
+    """Make what a suite still lacks, write the tables, and give them back.
+
+    Args:
+        suite: a YAML file, the same as a mapping, or a loaded suite.
+        out: folder for tables and pictures; ``results/<suite>`` if None.
+        store: folder of finished stages; ``O2MKD_STORE`` or ``.o2mkd/store`` if None.
+        only: ``axis=pattern`` filters on cells.
+        observer: is told every event of the run.
+        options: ``fail_fast`` stops at the first failure, ``rebuild_changed`` remakes what other plugin sources made.
+
+    Raises:
+        UserError: when the suite, the device or the store is at fault. A cell that fails is a row that says why.
+    """
+    if isinstance(suite, Mapping):
+        suite = from_mapping(suite)
+    elif not isinstance(suite, Suite):
+        suite = load(Path(suite))
+    session = prepare(suite, None if store is None else Path(store), only, download=True)
+    return run_session(session, Path(out) if out is not None else results_folder(suite), observer, **options)
+
+
+def results_folder(suite: Suite) -> Path:
+    """``results/<suite>`` of the working directory."""
+    return Path("results") / suite.name
+
+
+def run_session(
+    session: Session, out: Path, observer: Observer = silent, *, fail_fast: bool = False, rebuild_changed: bool = False
+) -> Results:
+    """``run`` for a session that is already prepared."""
+    from .core.status import Survey
+    from .execute import Walk
+    from .stages.bench import Bench
+
+    if rebuild_changed:
+        for stage in Survey(session.plan, session.store).changed(session.registry):
+            session.store.discard(stage.identity, "made by another source of its plugin")
+    bench = Bench(session.store, session.machine.device, observer, session.registry)
+    walk = Walk(session.plan, bench, fail_fast)
+    walk.run()
+    results = mended(walk, lambda: report(session, out))
+    observer(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
+    return results
+
+
+def mended(walk: Walk, read: Callable[[], Results]) -> Results:
+    """``read``, again after every damaged artifact it meets has been made anew."""
+    while True:
+        try:
+            return read()
+        except CorruptArtifact as damage:
+            walk.repair(damage)
+
+
+def report(session: Session, out: Path) -> Results:
+    """Write the tables anew from what is stored."""
+    from .report.plots import samples_grid
+    from .report.write import write
+    from .results import document, pictures
+
+    found = document(session)
+    write(found, out, lambda folder: pictures(session, folder, lambda images, path: samples_grid(images, path, 8)))
+    return Results(found, out)

@@ -1,0 +1,107 @@
+"""What every stage works with: the store, the device, the observers, and how to open other stages' artifacts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.events import Event, Observer
+from ..core.models import ModelFamily
+from ..core.plan import Stage
+from ..core.plugins import Registry
+from ..core.schedule import NoiseSchedule
+from ..core.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..engine.denoiser import Experts
+    from ..engine.router import Router
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The place where stages are made; ``device`` is a torch device name."""
+
+    store: Store
+    device: str
+    observer: Observer
+    registry: Registry
+
+    def family(self, network: Mapping[str, Any]) -> ModelFamily:
+        made: ModelFamily = self.registry.get("models", network["family"]["name"]).load()()
+        return made
+
+    def network(self, artifact: str) -> dict[str, Any]:
+        """What a trained artifact says of its network: family, config, schedule, prediction."""
+        found: dict[str, Any] = self.store.read_json(artifact, "network.json")
+        return found
+
+    def denoiser(self, artifact: str, weights: str) -> nn.Module:
+        """The trained network of an artifact, in eval mode, float32, on the device, no gradients."""
+        import torch
+
+        from ..engine.weights import load_weights
+
+        about = self.network(artifact)
+        with torch.random.fork_rng(devices=[]):
+            network = self.family(about).build(about["config"])
+        load_weights(network, self.store.read(artifact, f"{weights}.safetensors"))
+        return network.eval().requires_grad_(False).to(self.device)
+
+    def router(self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str) -> Router:
+        """The networks of ``artifacts`` as one denoiser for sampling."""
+        from ..engine.denoiser import DTYPES
+        from ..engine.router import Router
+
+        networks = self._networks(artifacts, weights)
+        return Router(networks, edges, self.family(self.network(artifacts[0])).forward, DTYPES[precision])
+
+    def experts(self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str) -> Experts:
+        """The networks of ``artifacts`` as one denoiser for batches with mixed t."""
+        import torch
+
+        from ..engine.denoiser import Call, Experts, Tables
+
+        about = self.network(artifacts[0])
+        family = self.family(about)
+        calls = [Call(family, network, precision) for network in self._networks(artifacts, weights)]
+        tables = Tables.of(self.schedule(artifacts[0]), torch.device(self.device))
+        return Experts(calls, edges, about["prediction"], tables)
+
+    def _networks(self, artifacts: Sequence[str], weights: str) -> list[nn.Module]:
+        opened = {artifact: self.denoiser(artifact, weights) for artifact in dict.fromkeys(artifacts)}
+        return [opened[artifact] for artifact in artifacts]
+
+    def schedule(self, artifact: str) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler_config(self.network(artifact)["schedule"])
+
+    def images(self, data: str, split: str = "train") -> Tensor:
+        """Decoded images of a data artifact, uint8 (N, C, H, W), on the device."""
+        import numpy as np
+        import torch
+
+        array = np.load(self.store.read(data, f"{split}.npy"), allow_pickle=False)
+        return torch.from_numpy(array).to(self.device)
+
+    def progress(self, stage: Stage, done: int, total: int, **data: Any) -> None:
+        """Tell the observers how far a stage is."""
+        self.observer(Event("progress", stage.identity, stage.label, {"done": done, "total": total, **data}))
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class Stopwatch:
+    """Wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start

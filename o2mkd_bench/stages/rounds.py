@@ -1,0 +1,48 @@
+"""Rounds of progressive distillation: each starts from, and learns two steps of, the students of the round before."""
+
+from __future__ import annotations
+
+from ..core.intervals import Interval, Law
+from ..core.plan import Stage
+from ..core.schedule import NoiseSchedule
+from ..core.store import Draft
+from ..core.suite import Training
+from ..engine.denoiser import Call, Tables
+from ..engine.distil import Setting
+from ..engine.halve import Halve
+from ..engine.learner import Course, Learner
+from ..engine.stream import Stream
+from .bench import Bench
+from .train import run, write_denoiser
+
+
+def make(stage: Stage, bench: Bench, draft: Draft) -> None:
+    """A denoiser artifact; the stream's t counts entries of the round's grid."""
+    spec = stage.spec
+    about, before, one = spec["network"], spec["before"], spec["round"]
+    training = Training.model_validate(spec["training"])
+    data = bench.images(stage.needs["data"][0])
+    stream = Stream(
+        spec["seed"] + (spec["number"] + 1) * 1_000_003,
+        Law.uniform(Interval(0, len(one["grid"]))),
+        spec["batch"],
+        len(data),
+        spec["flip"],
+        training.group,
+        stage.needs["data"][0],
+    )
+    entries = Interval(*spec["entries"])
+    schedule = NoiseSchedule.from_scheduler_config(about["schedule"])
+    setting = Setting(stream, data, Tables.of(schedule, data.device), about["prediction"], entries, spec["steps"])
+    network = bench.denoiser(stage.needs["before"][before["own"]], before["weights"]).requires_grad_(True).train()
+    teachers = bench.experts(stage.needs["before"], before["edges"], before["weights"], spec["precision"])
+    teachers.prediction = before["prediction"]
+    objective = Halve(
+        setting, Call(bench.family(about), network, spec["precision"]), teachers, one["grid"], one["fine"], spec["clip"]
+    )
+    learner = Learner(
+        network, training.model_dump(), Course(spec["steps"], horizon=spec["steps"]), spec["precision"]
+    )
+    log = run(stage, bench, learner, objective, (stream, entries))
+    write_denoiser(stage, bench, draft, learner, log)
+    draft.meta["seconds"] = log.seconds

@@ -1,0 +1,64 @@
+"""Draw images: image i depends on the seed and on i, not on who else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.grid import time_grid
+from ..core.plan import Stage
+from ..core.plugins import Registry
+from ..core.program import Program
+from ..core.schedule import NoiseSchedule
+from ..core.store import Draft
+from ..engine.philox import Philox
+from ..engine.sample import NoiseFor, sample_images
+from .bench import Bench, Stopwatch
+
+
+def solver(spec: Mapping[str, Any], schedule: NoiseSchedule, registry: Registry) -> Program:
+    """The solver program that a sampling or speed stage describes."""
+    plugin = registry.get("samplers", spec["sampler"]["name"])
+    sampler = plugin.load()(plugin.parse(spec["sampler"]["options"]))
+    grid = time_grid(spec["spacing"], spec["steps"], schedule.timesteps)
+    program: Program = sampler.program(schedule, grid, spec["edges"], spec["clip"])
+    return program
+
+
+def noise_source(seed: int, shape: tuple[int, ...]) -> NoiseFor:
+    """Noise for images by index: the same for every method, sampler and device."""
+    philox = Philox.for_purpose(seed, "sampling")
+
+    def noise_for(indices: Tensor, number: int) -> Tensor:
+        return philox.normal(indices, shape, stream=number)
+
+    return noise_for
+
+
+def make(stage: Stage, bench: Bench, draft: Draft) -> None:
+    """``images.npy``: uint8 (N, C, H, W)."""
+    spec, clock = stage.spec, Stopwatch()
+    students = stage.needs["students"]
+    images = draw(bench, spec, students, range(spec["images"]), stage)
+    np.save(draft.dir / "images.npy", images.numpy(), allow_pickle=False)
+    draft.meta["seconds"] = clock.seconds()
+
+
+def draw(bench: Bench, spec: Mapping[str, Any], students: tuple[str, ...], which: range, stage: Stage) -> Tensor:
+    """Images number ``which`` of a sampling stage, uint8 on the CPU."""
+    about = bench.network(students[-1])
+    schedule = bench.schedule(students[0])
+    router = bench.router(students, spec["edges"], spec["weights"], spec["precision"])
+    return sample_images(
+        solver(spec, schedule, bench.registry),
+        schedule,
+        router.epsilon(schedule, about["prediction"]),
+        noise_source(spec["seed"], tuple(spec["shape"])),
+        torch.arange(which.start, which.stop, device=bench.device),
+        stage.local["batch"],
+        on_batch=lambda done: bench.progress(stage, done, len(which)),
+    )

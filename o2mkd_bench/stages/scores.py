@@ -1,0 +1,80 @@
+"""Score images against real ones, with the protocol written beside every number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core.plan import Stage
+from ..core.store import Draft
+from ..engine.sample import to_uint8
+from ..engine.scoring import FeatureNetwork, Metric, Protocol, check_width, extract
+from .bench import Bench, Stopwatch, write_json
+from .samples import noise_source
+
+BATCH = 256
+
+
+def _metrics(stage: Stage, bench: Bench) -> list[Metric]:
+    made = []
+    for ref, options in zip(stage.spec["metrics"], stage.local["options"], strict=True):
+        plugin = bench.registry.get("metrics", ref["name"])
+        made.append(plugin.load()(plugin.parse(options), stage.local["dataset"], Path(stage.local["base"])))
+    return made
+
+
+def _network(metrics: Sequence[Metric]) -> FeatureNetwork:
+    return metrics[0].load(list(dict.fromkeys(layer for metric in metrics for layer in metric.layers())))
+
+
+def make_reference(stage: Stage, bench: Bench, draft: Draft) -> None:
+    """``features.safetensors``: the train split's features by layer, float32 (N, F), made once per protocol."""
+    clock = Stopwatch()
+    network = _network(_metrics(stage, bench))
+    features = extract(network, bench.images(stage.needs["data"][0]), BATCH, bench.device)
+    save_file(features, draft.dir / "features.safetensors")
+    draft.meta["seconds"] = clock.seconds()
+
+
+def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
+    """``scores.json``: ``scores`` by column, and the ``protocol`` they share."""
+    clock = Stopwatch()
+    metrics = _metrics(stage, bench)
+    network = _network(metrics)
+    images = _images(stage, bench)
+    ours = extract(network, images, BATCH, bench.device)
+    if network.limit_width:
+        check_width(max(value.shape[1] for value in ours.values()), len(images))
+    theirs = load_file(bench.store.read(stage.needs["reference"][0], "features.safetensors"))
+    data = bench.store.manifest(stage.needs["data"][0])
+    protocol = Protocol(
+        network=network.name,
+        sha256=network.sha256,
+        reference="train",
+        reference_fingerprint=data.spec["fingerprint"],
+        reference_count=data.meta["train"],
+        images=len(images),
+        resize=network.resize,
+    )
+    scores: dict[str, Any] = {}
+    for metric in metrics:
+        scores |= metric.compute(ours, theirs)
+    write_json(draft.dir / "scores.json", {"scores": scores, "protocol": asdict(protocol)})
+    draft.meta["seconds"] = clock.seconds()
+
+
+def _images(stage: Stage, bench: Bench) -> Tensor:
+    """What is scored: drawn samples, or one of the two references that place them."""
+    if "samples" in stage.needs:
+        return torch.from_numpy(np.load(bench.store.read(stage.needs["samples"][0], "images.npy"), allow_pickle=False))
+    if stage.spec["source"] == "noise":
+        indices = torch.arange(stage.spec["images"])
+        return to_uint8(noise_source(0, tuple(stage.spec["shape"]))(indices, 0))
+    return bench.images(stage.needs["data"][0], "test")

@@ -1,0 +1,166 @@
+"""Everything that has a name in a suite, registered through the same entry points a third party uses."""
+
+from __future__ import annotations
+
+from o2mkd_bench.core.hookspecs import Register, hookimpl
+
+from .datasets.options import Cifar10Options, DigitsOptions, ImageFolderOptions
+from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
+from .metrics import options as metrics
+from .models.options import UNet2DOptions
+from .samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions, ProgressiveOptions
+from .wrappers.options import O2MKDOptions, SingleOptions
+
+api = 1
+
+
+@hookimpl
+def register_kd_methods(register: Register) -> None:
+    home = "o2mkd_plugins.kd"
+    register(
+        "none",
+        f"{home}.none:NoTeacher",
+        options=TaskOptions,
+        paper="arXiv 2006.11239",
+        summary="plain diffusion loss, no teacher",
+        needs_teacher=False,
+    )
+    register(
+        "output",
+        f"{home}.output:OutputMatching",
+        options=OutputOptions,
+        paper="arXiv 1503.02531",
+        summary="match the teacher's prediction",
+    )
+    register(
+        "feature",
+        f"{home}.feature:FeatureMatching",
+        options=FeatureOptions,
+        paper="arXiv 1412.6550, 1612.03928",
+        summary="FitNets hints with adapters, or attention transfer",
+    )
+    register(
+        "relation",
+        f"{home}.relation:Relation",
+        options=RelationOptions,
+        paper="arXiv 1904.05068, 1907.09682",
+        summary="RKD distance and angle, or similarity preserving",
+    )
+
+
+@hookimpl
+def register_wrappers(register: Register) -> None:
+    home = "o2mkd_plugins.wrappers"
+    register("single", f"{home}.single:Single", options=SingleOptions, summary="one student for all timesteps")
+    register(
+        "o2mkd",
+        f"{home}.o2mkd:O2MKD",
+        options=O2MKDOptions,
+        paper="arXiv 2410.04191",
+        summary="K students, one an interval of timesteps",
+    )
+
+
+@hookimpl
+def register_intervals(register: Register) -> None:
+    home = "o2mkd_plugins.wrappers.intervals"
+    register("uniform", f"{home}:uniform", summary="equal width in t")
+    register("snr", f"{home}:snr", summary="equal width in log-SNR")
+
+
+@hookimpl
+def register_samplers(register: Register) -> None:
+    home = "o2mkd_plugins.samplers"
+    register("ddpm", f"{home}.ddpm:DDPM", options=DDPMOptions, paper="arXiv 2006.11239", summary="ancestral sampling")
+    register("ddim", f"{home}.ddim:DDIM", options=DDIMOptions, paper="arXiv 2010.02502", summary="DDIM with eta")
+    register(
+        "dpm_solver",
+        f"{home}.dpm_solver:DPMSolver",
+        options=DPMSolverOptions,
+        paper="arXiv 2206.00927, 2211.01095",
+        summary="DPM-Solver and DPM-Solver++, orders 1 to 3, single- and multistep",
+    )
+    register(
+        "progressive",
+        f"{home}.progressive:Progressive",
+        options=ProgressiveOptions,
+        paper="arXiv 2202.00512",
+        summary="progressive distillation: halve the steps, round by round",
+    )
+
+
+@hookimpl
+def register_datasets(register: Register) -> None:
+    home = "o2mkd_plugins.datasets"
+    register(
+        "digits", f"{home}.digits:Digits", options=DigitsOptions, summary="1,797 real 8x8 digits of scikit-learn"
+    )
+    register(
+        "cifar10",
+        f"{home}.cifar10:Cifar10",
+        options=Cifar10Options,
+        summary="CIFAR-10: downloaded, original batches, class folders or a tar of them",
+    )
+    register(
+        "image_folder", f"{home}.image_folder:ImageFolder", options=ImageFolderOptions, summary="any folder of images"
+    )
+
+
+@hookimpl
+def register_models(register: Register) -> None:
+    register(
+        "unet2d",
+        "o2mkd_plugins.models.unet2d:UNet2D",
+        options=UNet2DOptions,
+        summary="diffusers' UNet2DModel",
+        class_name="UNet2DModel",
+    )
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    home = "o2mkd_plugins.metrics.fidelity"
+    register(
+        "fid",
+        f"{home}:FrechetDistance",
+        options=metrics.MetricOptions,
+        paper="arXiv 1706.08500",
+        summary="Fréchet distance of features",
+        columns=metrics.fid_columns,
+        network_id=metrics.network_id,
+        check_images=metrics.check_images,
+        higher_is_better=False,
+    )
+    register(
+        "kid",
+        f"{home}:KernelDistance",
+        options=metrics.KernelOptions,
+        paper="arXiv 1801.01401",
+        summary="kernel distance of features",
+        columns=metrics.kid_columns,
+        network_id=metrics.network_id,
+        check_images=metrics.check_images,
+        higher_is_better=False,
+    )
+    register(
+        "inception_score",
+        f"{home}:InceptionScore",
+        options=metrics.InceptionScoreOptions,
+        paper="arXiv 1606.03498",
+        summary="Inception score",
+        columns=metrics.inception_score_columns,
+        network_id=metrics.network_id,
+        check_images=metrics.check_images,
+        higher_is_better=True,
+    )
+    register(
+        "precision_recall",
+        f"{home}:PrecisionRecall",
+        options=metrics.PrecisionRecallOptions,
+        paper="arXiv 1904.06991",
+        summary="precision and recall of the feature manifolds",
+        columns=metrics.precision_recall_columns,
+        network_id=metrics.network_id,
+        check_images=metrics.check_images,
+        higher_is_better=True,
+    )

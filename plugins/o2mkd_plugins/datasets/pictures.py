@@ -1,0 +1,52 @@
+"""Decode image files to uint8 arrays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from o2mkd_bench.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+def decode(data: bytes | Path, channels: int, where: str) -> Image.Image:
+    """The image as RGB (``channels`` 3) or grey (1).
+
+    Raises:
+        UserError: naming ``where``, when the file is no whole image.
+    """
+    from PIL import Image
+
+    source: BinaryIO | Path = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB" if channels == 3 else "L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where} is not a readable image ({error}); remove or replace it") from error
+
+
+def shrink(image: Image.Image, size: int, resample: str) -> Image.Image:
+    """The shorter side resized to ``size`` where it differs, then the central square cut out."""
+    from PIL import Image
+
+    width, height = image.size
+    if min(width, height) != size:
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), Image.Resampling[resample.upper()])
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def planes(image: Image.Image) -> NDArray[np.uint8]:
+    """(C, H, W) from an RGB or grey image."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -1,0 +1,145 @@
+"""What a suite may say about the built-in metrics, and what the plan must know of them. Torch-free.
+
+Column names follow the network: ``fid``, ``kid``, ``is``, ``precision`` and ``recall`` belong to the 2015 Inception
+alone; any other network puts its own name behind ``fd``, ``kd``, ``is``, ``precision`` and ``recall``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from o2mkd_bench import Options, neutral
+from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.core.fingerprint import content_hash
+from o2mkd_bench.engine.scoring import NetworkUnavailable, check_width
+
+WEIGHTS = Path(__file__).parent / "weights"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_VARIABLE = "O2MKD_INCEPTION_WEIGHTS"
+
+
+class MetricOptions(Options):
+    """Options of every built-in metric.
+
+    Attributes:
+        network: ``inception`` (the 2015-12-05 weights), ``embedded`` (the small network that ships for the dataset),
+            or ``timm:NAME``.
+        weights: a file with the weights of ``inception`` or of a timm network; without one they are downloaded
+            on first use.
+    """
+
+    network: str = Field("inception", pattern=r"^(inception|embedded|timm:\S+)$")
+    weights: str | None = neutral(None)
+
+    @model_validator(mode="after")
+    def _embedded_is_whole(self) -> MetricOptions:
+        if self.network == "embedded" and self.weights:
+            raise ValueError("an embedded network ships with its weights; remove 'weights'")
+        return self
+
+
+class KernelOptions(MetricOptions):
+    """Options of the kernel distance: the mean over ``subsets`` random subsets of ``subset_size`` images."""
+
+    subsets: int = Field(100, ge=1)
+    subset_size: int = Field(1000, ge=2)
+
+
+class InceptionScoreOptions(MetricOptions):
+    """Options of the Inception score: the mean over ``splits`` parts of the images."""
+
+    splits: int = Field(10, ge=1)
+
+
+class PrecisionRecallOptions(MetricOptions):
+    """Options of precision and recall: balls reach to the ``neighbours``-th nearest image."""
+
+    neighbours: int = Field(3, ge=1)
+
+
+def fid_columns(options: MetricOptions, dataset: str) -> tuple[str, ...]:
+    return (_column("fid", "fd", options, dataset),)
+
+
+def kid_columns(options: MetricOptions, dataset: str) -> tuple[str, ...]:
+    return (_column("kid", "kd", options, dataset),)
+
+
+def inception_score_columns(options: MetricOptions, dataset: str) -> tuple[str, ...]:
+    return (_column("is", "is", options, dataset),)
+
+
+def precision_recall_columns(options: MetricOptions, dataset: str) -> tuple[str, ...]:
+    return tuple(_column(name, name, options, dataset) for name in ("precision", "recall"))
+
+
+def _column(standard: str, other: str, options: MetricOptions, dataset: str) -> str:
+    if options.network == "inception":
+        return standard
+    return f"{other}_{dataset if options.network == 'embedded' else options.network.removeprefix('timm:')}"
+
+
+def network_id(options: MetricOptions, dataset: str, base: Path = Path()) -> dict[str, Any]:
+    """What the network is, for identities: its name and the hash of its weights.
+
+    The hash is None for weights from a hub, which the model's name with its tag stands for; the protocol of each
+    score holds it once they are there.
+
+    Raises:
+        UserError: when no network is embedded for the dataset, or a file of timm weights does not exist.
+    """
+    if options.network == "inception":
+        return {"network": "inception", "sha256": INCEPTION_SHA256}
+    if options.network == "embedded":
+        return {"network": f"embedded:{dataset}", "sha256": embedded_record(dataset)["sha256"]}
+    path = weights_path(options, base)
+    return {"network": options.network, "sha256": None if path is None else content_hash(path)}
+
+
+def check_images(options: MetricOptions, dataset: str, images: int) -> None:
+    """Refuse too few images before anything is trained, where the feature width is known without loading the network.
+
+    Raises:
+        UserError: naming ``sampling.images``.
+    """
+    if options.network == "embedded":
+        check_width(int(embedded_record(dataset)["width"]), images)
+
+
+def embedded_record(dataset: str) -> dict[str, Any]:
+    """The record beside the weights of the network embedded for ``dataset``.
+
+    Raises:
+        UserError: when there is none.
+    """
+    known = sorted(path.stem for path in WEIGHTS.glob("*.json"))
+    if dataset not in known:
+        raise UserError(
+            f"metrics: network 'embedded' exists for {', '.join(known)}, not for {dataset!r}; "
+            "use inception or timm:NAME"
+        )
+    record: dict[str, Any] = json.loads((WEIGHTS / f"{dataset}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def weights_path(options: MetricOptions, base: Path = Path()) -> Path | None:
+    """The file that the option, or for Inception the environment, names; None when neither does.
+
+    Raises:
+        NetworkUnavailable: when it does not exist.
+    """
+    variable = os.environ.get(INCEPTION_VARIABLE) if options.network == "inception" else None
+    if options.weights:
+        path, key = base / Path(options.weights).expanduser(), "metrics.weights"
+    elif variable:
+        path, key = Path(variable).expanduser(), INCEPTION_VARIABLE
+    else:
+        return None
+    if not path.is_file():
+        raise NetworkUnavailable(f"{key}: {path} is no file; set it to the weights of {options.network}")
+    return path

@@ -1,0 +1,70 @@
+"""O2MKD: lift any KD method into K students, one an interval of timesteps (Zhang & Ma, arXiv 2410.04191)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.core.intervals import Interval, Law
+from o2mkd_bench.core.jobs import Job, Lift, Wrapper
+
+from .intervals import resolve
+from .options import O2MKDOptions
+
+
+class O2MKD(Wrapper):
+    """A job on [0, T) becomes an optional shared warm-up and K experts that start from it.
+
+    ``docs/semantics.md`` says what each option means for batch, steps and images; with one student the chain of
+    warm-up and expert is, bit for bit on the CPU, the job that came in.
+    """
+
+    lifts = True
+    options: O2MKDOptions
+
+    def wrap(self, job: Job, lift: Lift) -> tuple[Job, ...]:
+        o = self.options
+        timesteps = lift.schedule.timesteps
+        if job.trains.width != timesteps or job.start != "scratch":
+            raise UserError(
+                f"{lift.where}: O2MKD lifts one student that learns all timesteps from scratch; "
+                "this job is already lifted, so remove one of the wrappers"
+            )
+        serves = resolve(o.intervals, o.students, lift)
+        trains = [i.widened(o.overlap, timesteps) for i in serves]
+        warm = min(round(job.steps * o.warmup), job.steps - 1) if o.init == "shared" else 0
+        laws, steps = self._layout(job, serves, trains, job.steps - warm)
+        for k, (law, interval, n) in enumerate(zip(laws, trains, steps, strict=True)):
+            if job.batch * law.mass(interval) < 1 or n < 1:
+                raise UserError(
+                    f"{lift.where}: expert {k} on {interval} would get less than one image a step or less than one "
+                    "step; use expert_batch: full, fewer students, a larger batch or a larger budget"
+                )
+        horizon = warm + max(steps)
+        start = ("warmup" if warm else "scratch") if o.init == "shared" else o.init
+        experts = tuple(
+            replace(
+                job, role=f"expert-{k}", trains=t, serves=s, law=law, steps=n, start=start, offset=warm, horizon=horizon
+            )
+            for k, (t, s, law, n) in enumerate(zip(trains, serves, laws, steps, strict=True))
+        )
+        if not warm:
+            return experts
+        return (replace(job, role="warmup", serves=None, steps=warm, horizon=horizon), *experts)
+
+    def _layout(
+        self, job: Job, serves: tuple[Interval, ...], trains: list[Interval], left: int
+    ) -> tuple[list[Law], list[int]]:
+        """Law of t and steps of each expert; ``left`` is what the warm-up leaves, in steps of the whole batch."""
+        o = self.options
+        if o.expert_batch == "share":
+            joint = job.law if o.allocation == "width" else Law.equal(serves)
+            masses = [joint.mass(i) for i in trains]
+            each = masses if o.budget == "per_student" else [sum(masses, Fraction(0))] * len(masses)
+            return [joint] * len(trains), [int(left / m) for m in each]
+        laws = [Law.uniform(i) for i in trains]
+        if o.budget == "per_student":
+            return laws, [left] * len(trains)
+        widths = [i.width if o.allocation == "width" else 1 for i in trains]
+        return laws, [int(Fraction(left * w, sum(widths))) for w in widths]

@@ -1,0 +1,46 @@
+"""Options of the wrappers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from o2mkd_bench.core.options import Options
+
+IntervalsOption = str | tuple[int, ...]
+
+
+class SingleOptions(Options):
+    """One student for all timesteps."""
+
+    scale: float = Field(1.0, gt=0, description="times the budget this student sees")
+    students: int = Field(1, ge=1, description="with intervals: K of the experts whose joint law of t is followed")
+    intervals: IntervalsOption | None = Field(
+        None, description="a control: t follows the law of experts that see equally many images each"
+    )
+
+
+class O2MKDOptions(Options):
+    """One teacher to K students, each on its own interval of timesteps (Zhang & Ma, arXiv 2410.04191).
+
+    The paper's own K, edges and warm-up are not in any text we could read; these defaults are the plain ones
+    (uniform edges, as most timestep-expert papers use) until results/ says better.
+    """
+
+    students: int = Field(2, ge=1, description="K, the number of students")
+    intervals: IntervalsOption = Field("uniform", description="an interval rule by name, or the K - 1 inner edges")
+    init: Literal["shared", "teacher", "scratch"] = Field(
+        "shared", description="shared: one student on all timesteps for `warmup` of the budget, then K copies specialise"
+    )
+    warmup: float = Field(0.3, ge=0, lt=1, description="share of the budget of the shared start")
+    overlap: float = Field(0.0, ge=0, le=1, description="an expert also trains on this share of its width on each side")
+    allocation: Literal["width", "equal"] = Field(
+        "width", description="images by width of the interval (uniform law of t), or equally many for each expert"
+    )
+    expert_batch: Literal["share", "full"] = Field(
+        "share", description="share: experts split one batch; full: each has a batch of its own and fewer steps"
+    )
+    budget: Literal["total", "per_student"] = Field(
+        "total", description="whether the suite's budget is for all students together or for each lineage"
+    )

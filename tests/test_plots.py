@@ -1,0 +1,196 @@
+"""Pictures: the same bytes for the same results, and the right things drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from results_factory import failed, make, row, two_datasets
+
+from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.report.plots import PALETTE, per_timestep, quality_vs_speed, samples_grid
+
+Draw = Callable[[dict[str, Any], Path], None]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Draw, dict[str, Any]], Figure]:
+    """Runs a plot function and hands back its figure."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(plot: Draw, results: dict[str, Any]) -> Figure:
+        plot(results, tmp_path / "picture.png")
+        return figures[-1]
+
+    return draw
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for found in figure.legends for text in found.get_texts()]
+
+
+def curves(axes: Axes) -> list[Any]:
+    """Lines of more than one point that are not interval edges."""
+    return [line for line in axes.get_lines() if len(set(line.get_xdata())) > 1]
+
+
+def rows_without(results: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**results, "rows": [{**entry, **changes} for entry in results["rows"]]}
+
+
+@pytest.mark.parametrize("plot", [quality_vs_speed, per_timestep])
+def test_pictures_are_the_same_bytes_without_dates(plot: Draw, tmp_path: Path) -> None:
+    results = make(students=("half",), methods=("none", "output"), seeds=(0, 1))
+    plot(results, tmp_path / "a.png")
+    plot(results, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert set(image.info) <= {"dpi"}
+
+
+def test_settings_of_the_user_neither_count_nor_change(tmp_path: Path) -> None:
+    results = make(students=("half",), methods=("none",), seeds=(0,))
+    quality_vs_speed(results, tmp_path / "plain.png")
+    backend = matplotlib.rcParams["backend"]
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        quality_vs_speed(results, tmp_path / "loud.png")
+        assert matplotlib.rcParams["font.size"] == 30
+        assert matplotlib.rcParams["backend"] == backend
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "loud.png").read_bytes()
+
+
+def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figure]) -> None:
+    figure = drawn(quality_vs_speed, make())
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "digits")
+    assert axes.get_xlabel().startswith("images/s")
+    assert axes.get_ylabel() == "fd_digits  (lower is better)"
+    assert [text.get_text() for text in axes.texts] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
+    assert {"black", *PALETTE[:3]} == {line.get_color() for line in curves(axes)}
+    names = ["attention", "none", "output", "o2mkd-2", "single", "open: baseline", "half", "quarter"]
+    assert [text for text in legend(figure) if "$" not in text] == ["teacher, by NFE", *names]
+
+
+def test_quality_counts_macs_where_nothing_was_timed(drawn: Callable[..., Figure]) -> None:
+    (axes,) = drawn(quality_vs_speed, rows_without(make(seeds=(0,)), speed=None)).axes
+    assert axes.get_xlabel().startswith("MACs per image")
+    ladder = next(line for line in axes.get_lines() if line.get_color() == "black")
+    assert list(ladder.get_xdata()) == [48_200_000 * n for n in (4, 5, 8, 10, 15, 20, 50)]
+
+
+def test_raw_weights_are_pale_only_beside_ema(drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "output", "single", steps=n, seed=0, weights=w) for n in (5, 10) for w in ("ema", "raw")]
+    both = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows})
+    assert {line.get_alpha() for line in curves(both.axes[0])} == {0.35, 1.0}
+    assert "pale: raw weights" in legend(both)
+    raw = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows[1::2]})
+    assert {line.get_alpha() for line in curves(raw.axes[0])} == {1.0}
+
+
+def test_scores_that_no_logarithm_takes_are_drawn_plainly(drawn: Callable[..., Figure]) -> None:
+    (axes,) = drawn(quality_vs_speed, rows_without(make(seeds=(0,)), scores={"fd_digits": 0.0})).axes
+    assert axes.get_yscale() == "linear"
+
+
+def test_each_dataset_has_its_panel_even_without_scores(drawn: Callable[..., Figure]) -> None:
+    results = two_datasets(make(students=("half",), seeds=(0,)))
+    assert [axes.get_title() for axes in drawn(quality_vs_speed, results).axes] == ["digits", "cifar10"]
+    cifar = [failed(r, "boom") if r["dataset"] == "cifar10" else r for r in results["rows"]]
+    figure = drawn(quality_vs_speed, {**results, "rows": cifar})
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no scores yet"]
+
+
+def test_quality_refuses_mixed_protocols(tmp_path: Path) -> None:
+    results = make(seeds=(0,))
+    results["metrics"].append({"column": "fd_digits", "protocol": {"network": "other"}})
+    with pytest.raises(UserError, match="two protocols"):
+        quality_vs_speed(results, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(("plot", "text"), [(quality_vs_speed, "no scores yet"), (per_timestep, "no probes yet")])
+def test_nothing_to_draw_is_said(plot: Draw, text: str, drawn: Callable[..., Figure]) -> None:
+    figure = drawn(plot, {**make(seeds=(0,)), "rows": []})
+    assert [found.get_text() for axes in figure.axes for found in axes.texts] == [text]
+    assert legend(figure) == []
+
+
+def test_errors_have_a_panel_a_method_and_a_line_a_student(drawn: Callable[..., Figure]) -> None:
+    figure = drawn(per_timestep, make())
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"digits · small · {m}" for m in ("none", "output", "attention")
+    ]
+    # two students with two wrappers; with `output` a baseline each; step counts share a student
+    assert [len(curves(axes)) for axes in figure.axes] == [4, 6, 4]
+    edges = [line for line in figure.axes[0].get_lines() if line not in curves(figure.axes[0])]
+    assert {tuple(line.get_xdata()) for line in edges} == {(500, 500)}
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
+    assert "change of expert" in legend(figure)
+
+
+def test_errors_are_the_mean_over_seeds(drawn: Callable[..., Figure]) -> None:
+    rows = [
+        row("half", "none", "single", steps=5, seed=seed, probe={"t": [10, 20], "error": error})
+        for seed, error in enumerate([[1.0, 2.0], [3.0, 6.0]])
+    ]
+    figure = drawn(per_timestep, {**make(seeds=(0,)), "rows": rows})
+    assert list(curves(figure.axes[0])[0].get_ydata()) == [2.0, 4.0]
+    assert "change of expert" not in legend(figure)
+
+
+def test_a_student_without_error_is_drawn_plainly(drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "none", "single", steps=5, seed=0, probe={"t": [10, 20], "error": [0.0, None]})]
+    assert drawn(per_timestep, {**make(seeds=(0,)), "rows": rows}).axes[0].get_yscale() == "linear"
+
+
+def test_errors_of_more_panels_than_a_row_holds(drawn: Callable[..., Figure]) -> None:
+    figure = drawn(per_timestep, make(students=("half",), methods=("a", "b", "c", "output"), seeds=(0,)))
+    assert len(figure.axes) == 4
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_grid_enlarges_without_smoothing(channels: int, mode: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (5, channels, 8, 8), dtype=np.uint8)
+    samples_grid(images, tmp_path / "grid.png", 3)
+    with Image.open(tmp_path / "grid.png") as image:
+        pixels = np.asarray(image)
+        assert (image.mode, image.size) == (mode, (3 * 66 + 2, 2 * 66 + 2))
+    second_row = pixels[68:132:8, 68:132:8]
+    assert np.array_equal(second_row.reshape(8, 8, channels), images[4].transpose(1, 2, 0))
+    assert (pixels[68:, 134:] == 255).all()
+    assert (pixels[:2] == 255).all()
+
+
+def test_grid_leaves_large_images_as_they_are(tmp_path: Path) -> None:
+    samples_grid(np.zeros((1, 3, 70, 70), np.uint8), tmp_path / "grid.png", 8)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (74, 74)
+
+
+@pytest.mark.parametrize(
+    ("images", "columns"),
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), 1),
+        (np.zeros((1, 2, 8, 8), np.uint8), 1),
+        (np.zeros((3, 8, 8), np.uint8), 1),
+        (np.zeros((0, 3, 8, 8), np.uint8), 1),
+        (np.zeros((1, 3, 8, 8), np.uint8), 0),
+    ],
+)
+def test_grid_refuses_what_is_no_grid_of_images(images: Any, columns: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a grid takes uint8"):
+        samples_grid(images, tmp_path / "grid.png", columns)
