@@ -112,8 +112,8 @@ def make(
     for student in students:
         for n in steps:
             rows += [row(student, m, w, steps=n, seed=s) for m in methods for w in wrappers for s in seeds]
-            base = {"role": "baseline", "baseline_of": ["output o2mkd-2"], "budget": "100k", "images_total": 100_000}
-            longer = [row(student, "output", "single", steps=n, seed=s, **base) for s in seeds]
+            base = {"role": "baseline", "baseline_of": ["equal_total of o2mkd-2"], "images_total": 100_000}
+            longer = [row(student, "output", "single (total of o2mkd-2)", steps=n, seed=s, **base) for s in seeds]
             for found in longer:
                 found["scores"] = {column: 0.93 * value for column, value in found["scores"].items()}
                 found["probe"]["error"] = [0.9 * e for e in found["probe"]["error"]]
@@ -122,7 +122,7 @@ def make(
         "schema_version": 1,
         "suite": "quickstart",
         "created": "2026-01-02T03:04:05Z",
-        "machine": {"cpu": "Test CPU", "cores": 2, "python": "3.11"},
+        "machine": {"cpu": "Test CPU", "cores": 2, "python": "3.11", "memory": 2**34, "gpus": []},
         "versions": {"torch": "2.6.0"},
         "git_commit": "c0ffee" * 6 + "c0de",
         "axes": {"seed": list(seeds), "steps": list(steps)},

@@ -81,7 +81,8 @@ def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figur
     assert axes.get_ylabel() == "fd_digits  (lower is better)"
     assert [text.get_text() for text in axes.texts] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
     assert {"black", *PALETTE[:3]} == {line.get_color() for line in curves(axes)}
-    names = ["attention", "none", "output", "o2mkd-2", "single", "open: baseline", "half", "quarter"]
+    wrappers = ["o2mkd-2", "single", "single (total of o2mkd-2)", "open: baseline"]
+    names = ["attention", "none", "output", *wrappers, "half", "quarter"]
     assert [text for text in legend(figure) if "$" not in text] == ["teacher, by NFE", *names]
 
 

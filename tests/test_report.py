@@ -227,6 +227,20 @@ def test_failed_and_missing_cells_are_seen() -> None:
     assert r"loss is NaN \| step 12" in page
 
 
+def test_unresolved_cells_and_empty_columns_say_why() -> None:
+    teacher = {"cell": "", "status": "unresolved", "reason": "not downloaded", "dataset": "digits", "teacher": "small"}
+    teacher |= {"role": "teacher", "student": "", "steps": "", "seed": "", "nfe": 0, "calls": []}
+    empty = scored("single", 1.0, scores={}, reason="Inception weights are not here")
+    results = of([teacher, *empty])
+    page = markdown(results)
+    first = table_of(page)[0]
+    assert (first["fd_digits ↓"], first["NFE"]) == ("unresolved: not downloaded", "")
+    assert "- 1 unresolved of 2 rows" in page
+    assert "- unresolved: digits teacher small: not downloaded" in page
+    assert "- empty columns: digits half output single ddim 10: Inception weights are not here" in page
+    assert frame(results)["steps"].tolist() == [pd.NA, 10]
+
+
 def test_many_failures_of_one_reason_are_one_note() -> None:
     rows = [failed(r, "boom") for n in range(6) for r in scored(f"w{n}", 1.0)]
     assert "w3 ddim 10, and 2 more: boom" in markdown(of(rows))
@@ -242,10 +256,11 @@ def test_notes_state_protocol_references_machine_and_baselines() -> None:
         "- scale of fd_digits on digits: noise 1234.00, held-out real images 2.31, teacher small at best (50 NFE)"
         in page
     )
-    assert "- device: cpu; machine: cpu Test CPU, cores 2, python 3.11; speed at batch 128, compile off, on cpu" in page
-    assert "- † baseline of: output o2mkd-2" in page
+    assert "- device: cpu; machine: cpu Test CPU, cores 2, python 3.11, torch 2.6.0; speed at batch 128, " in page
+    assert ", compile off, on cpu\n" in page
+    assert "- † baselines: equal_total of o2mkd-2" in page
     assert "- made 2026-01-02T03:04:05Z, commit c0ffeec0ffee" in page
-    assert "single †" in {line["wrapper"] for line in table_of(page)}
+    assert "single (total of o2mkd-2) †" in {line["wrapper"] for line in table_of(page)}
 
 
 def test_a_bare_document_gives_bare_tables() -> None:

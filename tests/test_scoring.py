@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +16,14 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from o2mkd_bench import Metric, Options, UserError
 from o2mkd_bench.engine.scoring import (
     FeatureNetwork,
-    NetworkUnavailable,
     Protocol,
-    Reference,
     check_width,
     extract,
-    score,
 )
 
 
 class Means(FeatureExtractorBase):
-    """``mean`` of each channel, and the ``corner`` pixel; counts the images it has seen."""
-
-    seen = 0
+    """``mean`` of each channel, and the ``corner`` pixel."""
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -37,46 +31,8 @@ class Means(FeatureExtractorBase):
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         assert input.dtype == torch.uint8
-        Means.seen += len(input)
         found = {"mean": input.double().mean((2, 3)), "corner": input[:, :, 0, 0].float()}
         return tuple(found[layer] for layer in self.features_list)
-
-
-class Shift(Metric):
-    """The distance of the means of one layer."""
-
-    layer = "mean"
-
-    def network(self) -> str:
-        return "means"
-
-    def layers(self) -> tuple[str, ...]:
-        return (self.layer,)
-
-    def columns(self) -> tuple[str, ...]:
-        return (f"{self.layer}_{self.dataset}",)
-
-    def load(self, layers: Sequence[str]) -> FeatureNetwork:
-        return means(list(layers))
-
-    def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-        gap = (generated[self.layer].mean(0) - reference[self.layer].mean(0)).norm()
-        return {self.columns()[0]: gap.item()}
-
-
-class Corner(Shift):
-    layer = "corner"
-
-
-class Unavailable(Shift):
-    def network(self) -> str:
-        return "absent"
-
-    def columns(self) -> tuple[str, ...]:
-        return ("fid",)
-
-    def load(self, layers: Sequence[str]) -> FeatureNetwork:
-        raise NetworkUnavailable("the weights are not here")
 
 
 def means(layers: list[str]) -> FeatureNetwork:
@@ -118,46 +74,28 @@ def test_features_may_be_a_tenth_of_the_images_and_no_more() -> None:
         check_width(64, 639)
 
 
-def test_score_passes_over_the_images_once_per_network() -> None:
-    Means.seen = 0
+def test_what_a_metric_is_made_of() -> None:
+    class Shift(Metric):
+        """The distance of the means."""
+
+        def layers(self) -> tuple[str, ...]:
+            return ("mean",)
+
+        def load(self, layers: Sequence[str]) -> FeatureNetwork:
+            return means(list(layers))
+
+        def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+            gap = (generated["mean"].mean(0) - reference["mean"].mean(0)).norm()
+            return {f"shift_{self.dataset}": gap.item()}
+
+    metric = Shift(Options(), "toys")
     ours, theirs = images(30), images(40, seed=1)
-    metrics = [Shift(Options(), "toys"), Corner(Options(), "toys")]
-    scores = score(metrics, ours, Reference(theirs, "train", "f" * 64))
+    network = metric.load(metric.layers())
+    found = metric.compute(extract(network, ours), extract(network, theirs))
     gap = np.linalg.norm(ours.mean((0, 2, 3)) - theirs.mean((0, 2, 3)))
-    assert scores.values["mean_toys"] == pytest.approx(gap, rel=1e-5)
-    assert set(scores.values) == set(scores.protocols) == {"mean_toys", "corner_toys"}
-    assert scores.missing == {}
-    assert Means.seen == 70
-    assert scores.protocols["mean_toys"] == Protocol("means", "ab" * 32, "train", "f" * 64, 40, 30)
-
-
-def test_reference_features_are_remembered(tmp_path: Path) -> None:
-    metrics, ours, theirs = [Shift(Options(), "toys")], images(30), images(40, seed=1)
-    reference = Reference(theirs, "train", "f" * 64)
-    first = score(metrics, ours, reference, cache=tmp_path / "cache")
-    Means.seen = 0
-    assert score(metrics, ours, reference, cache=tmp_path / "cache").values == first.values
-    assert Means.seen == 30
-    (kept,) = (tmp_path / "cache").iterdir()
-    for other in (replace(reference, split="test"), replace(reference, fingerprint="0" * 64)):
-        Means.seen = 0
-        score(metrics, ours, other, cache=tmp_path / "cache")
-        assert Means.seen == 70
-    kept.write_bytes(b"cut off")
-    assert score(metrics, ours, reference, cache=tmp_path / "cache").values == first.values
-    assert len(kept.read_bytes()) > 40 * 3 * 4
-
-
-def test_a_network_that_is_not_there_leaves_its_columns_empty() -> None:
-    metrics = [Unavailable(Options(), "toys"), Shift(Options(), "toys")]
-    scores = score(metrics, images(30), Reference(images(30), "train", "f"))
-    assert scores.missing == {"fid": "the weights are not here"}
-    assert scores.values == {"mean_toys": 0.0}
-
-
-def test_too_few_images_are_refused() -> None:
-    with pytest.raises(UserError, match=r"sampling\.images: 29 images"):
-        score([Shift(Options(), "toys")], images(29), Reference(images(30), "train", "f"))
+    assert found == {"shift_toys": pytest.approx(gap, rel=1e-5)}
+    with pytest.raises(TypeError, match="abstract"):
+        Metric(Options(), "toys")
 
 
 def test_protocols_differ_by_every_field() -> None:

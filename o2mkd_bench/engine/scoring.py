@@ -5,11 +5,9 @@ torch is imported on first use only, so that metric plugins can share the rules 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +70,7 @@ class Protocol:
 class Metric(ABC):
     """A metric plugin: named columns from the features of two sets of images.
 
+    Metrics of one dataset whose ``network_id`` traits agree share one loaded network and its features.
     ``dataset`` is the dataset's name in the suite; ``base`` the folder that relative paths in options are relative to.
     """
 
@@ -81,16 +80,8 @@ class Metric(ABC):
         self.base = base
 
     @abstractmethod
-    def network(self) -> str:
-        """Names the feature network with all that selects it: metrics that give the same text share its features."""
-
-    @abstractmethod
     def layers(self) -> tuple[str, ...]:
         """The network's layers that ``compute`` wants."""
-
-    @abstractmethod
-    def columns(self) -> tuple[str, ...]:
-        """The columns that ``compute`` fills."""
 
     @abstractmethod
     def load(self, layers: Sequence[str]) -> FeatureNetwork:
@@ -105,27 +96,11 @@ class Metric(ABC):
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         """Column to value, from features (N, F) float32 on the CPU by layer. Pure.
 
+        The columns are those that the declaration's ``columns`` trait names.
+
         Raises:
             UserError: when there are too few images.
         """
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Real images, uint8 (N, C, H, W), their split, and the fingerprint of the dataset they are from."""
-
-    images: NDArray[np.uint8]
-    split: str
-    fingerprint: str
-
-
-@dataclass
-class Scores:
-    """``values`` and ``protocols`` by column; ``missing``: why a column is empty."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    protocols: dict[str, Protocol] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
 
 
 def check_width(width: int, images: int) -> None:
@@ -169,78 +144,3 @@ def extract(
             found = module.convert_features_tuple_to_dict(module(chunk))
             parts.append({layer: value.float().cpu() for layer, value in found.items()})
     return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
-
-
-def reference_features(
-    network: FeatureNetwork, reference: Reference, cache: Path | None, batch: int, device: torch.device | str
-) -> dict[str, Tensor]:
-    """:func:`extract` of the reference, remembered as safetensors in the folder ``cache`` where one is given."""
-    if cache is None:
-        return extract(network, reference.images, batch, device)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    layers = sorted(network.extractor.get_requested_features_list())
-    key = identity(
-        [network.sha256, network.resize, layers, reference.fingerprint, reference.split, len(reference.images)]
-    )
-    path = cache / f"features-{key}.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        found = extract(network, reference.images, batch, device)
-    cache.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=cache, prefix=f".{path.name}-")
-    os.close(handle)
-    save_file(found, name)
-    os.replace(name, path)
-    return found
-
-
-def score(
-    metrics: Sequence[Metric],
-    generated: NDArray[np.uint8],
-    reference: Reference,
-    *,
-    cache: Path | None = None,
-    batch: int = 256,
-    device: torch.device | str = "cpu",
-) -> Scores:
-    """All ``metrics`` of ``generated`` (N, C, H, W) against ``reference``, one pass over the images per network.
-
-    Raises:
-        UserError: for too few images. A network that cannot be had leaves its columns empty instead.
-    """
-    groups: dict[str, list[Metric]] = {}
-    for metric in metrics:
-        groups.setdefault(metric.network(), []).append(metric)
-    scores = Scores()
-    for members in groups.values():
-        layers = list(dict.fromkeys(layer for metric in members for layer in metric.layers()))
-        try:
-            network = members[0].load(layers)
-        except NetworkUnavailable as error:
-            scores.missing.update({column: str(error) for metric in members for column in metric.columns()})
-            continue
-        if network.width is not None:
-            check_width(network.width, len(generated))
-        ours = extract(network, generated, batch, device)
-        theirs = reference_features(network, reference, cache, batch, device)
-        protocol = _protocol(network, generated, reference)
-        for metric in members:
-            values = metric.compute(ours, theirs)
-            scores.values.update(values)
-            scores.protocols.update(dict.fromkeys(values, protocol))
-    return scores
-
-
-def _protocol(network: FeatureNetwork, generated: NDArray[np.uint8], reference: Reference) -> Protocol:
-    return Protocol(
-        network=network.name,
-        sha256=network.sha256,
-        reference=reference.split,
-        reference_fingerprint=reference.fingerprint,
-        reference_count=len(reference.images),
-        images=len(generated),
-        resize=network.resize,
-    )

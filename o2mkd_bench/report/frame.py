@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .lines import Results, Row, metrics
-from .text import finite, listed
+from .text import count, finite, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ _SPEED = {"speed_batch": "batch", "speed_compile": "compile", "speed_device": "d
 def frame(results: Results) -> pd.DataFrame:
     """One row for each cell and seed, in the order of the suite; metric columns sorted by name.
 
-    Counts have dtype Int64 (float64 where one is not whole), scores and timings float64, the rest is text; what is
+    Counts have dtype Int64 (Float64 where one is not whole), scores and timings float64, the rest is text; what is
     missing is empty.
 
     Raises:
@@ -52,8 +52,9 @@ def frame(results: Results) -> pd.DataFrame:
     for column in LEADING_COLUMNS:
         values = [_leading(row, column) for row in results["rows"]]
         if column in _COUNTS:
-            whole = all(value is None or float(value).is_integer() for value in values)
-            data[column] = pd.Series(values, dtype="Int64" if whole else "Float64")
+            numbers = [count(value) for value in values]
+            whole = all(number is None or float(number).is_integer() for number in numbers)
+            data[column] = pd.Series(numbers, dtype="Int64" if whole else "Float64")
         else:
             data[column] = pd.Series([None if value is None else listed(value, ";") for value in values], dtype=object)
     for column in scores:

@@ -86,11 +86,16 @@ class Line:
         return sum(row["status"] == "done" for row in self.rows)
 
     @property
-    def reasons(self) -> list[str]:
-        """Why its failed rows failed, each reason once."""
-        return list(
-            dict.fromkeys(row.get("reason") or "no reason given" for row in self.rows if row["status"] == "failed")
-        )
+    def standing(self) -> str:
+        """``done`` when any row is, else ``failed`` when any is, else what its first row is."""
+        every = [str(row["status"]) for row in self.rows]
+        return next((status for status in ("done", "failed") if status in every), every[0])
+
+    def reasons(self, status: str) -> list[str]:
+        """Why its rows of this status have it, each reason once; a done row with a reason has empty columns."""
+        unsaid = "no reason given" if status == "failed" else None
+        found = (row.get("reason") or unsaid for row in self.rows if row["status"] == status)
+        return [" ".join(reason.split()) for reason in dict.fromkeys(found) if reason]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ VARIES = ("steps", "budget", "weights", "spacing", "clip", "precision")
 """What gets a column of its own only where it differs between lines; else one note says it for all."""
 
 _SPEED = {"batch": "at batch ", "compile": "compile ", "device": "on "}
+_MACHINE = ("cpu", "cores", "platform", "python", "torch")
 _NAMED = 4
 
 NO_SPREAD = "n = 1: no spread, nothing is bold"
@@ -115,7 +116,7 @@ def _best_teachers(metric: Metric, sections: Sequence[Section]) -> list[tuple[st
 
 def _baselines(every: Sequence[Line]) -> list[str]:
     labels = dict.fromkeys(str(label) for line in every for label in line["baseline_of"] or ())
-    return [f"{BASELINE} baseline of: {', '.join(labels)}"] if labels else []
+    return [f"{BASELINE} baselines: {', '.join(labels)}"] if labels else []
 
 
 def _settings(sections: Sequence[Section]) -> list[str]:
@@ -128,9 +129,9 @@ def _settings(sections: Sequence[Section]) -> list[str]:
 def _machine(results: Results, every: Sequence[Line]) -> list[str]:
     devices = values(every, "device")
     speeds = [row["speed"] for line in every for row in line.rows if row.get("speed")]
-    found = [f"device: {', '.join(map(str, devices))}"] if devices else []
-    machine = results.get("machine") or {}
-    said = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int | float))
+    found = [f"device: {listed(devices, ' and ')}"] if devices else []
+    known = {**(results.get("machine") or {}), **(results.get("versions") or {})}
+    said = ", ".join(f"{key} {known[key]}" for key in _MACHINE if known.get(key) is not None)
     found += [f"machine: {said}"] if said else []
     speed = [f"{what}{text}" for key, what in _SPEED.items() if (text := _different(speeds, key))]
     found += [f"speed {', '.join(speed)}"] if speed else []
@@ -144,13 +145,14 @@ def _different(speeds: Sequence[Mapping[str, Any]], key: str) -> str:
 def _gaps(every: Sequence[Line]) -> list[str]:
     rows = [row for line in every for row in line.rows]
     counts = Counter(row["status"] for row in rows)
-    found = []
-    if counts["failed"] or counts["missing"]:
-        found.append(f"{counts['failed']} failed and {counts['missing']} missing of {len(rows)} rows")
-    for reason in dict.fromkeys(reason for line in every for reason in line.reasons):
-        who = list(dict.fromkeys(label(line) for line in every if reason in line.reasons))
-        more = [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
-        found.append(f"failed: {', '.join([*who[:_NAMED], *more])}: {' '.join(reason.split())}")
+    gaps = [f"{number} {status}" for status, number in sorted(counts.items()) if status != "done"]
+    found = [f"{' and '.join(gaps)} of {len(rows)} rows"] if gaps else []
+    for status in sorted(counts):
+        for reason in dict.fromkeys(reason for line in every for reason in line.reasons(status)):
+            who = list(dict.fromkeys(label(line) for line in every if reason in line.reasons(status)))
+            more = [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
+            what = "empty columns" if status == "done" else status
+            found.append(f"{what}: {', '.join([*who[:_NAMED], *more])}: {reason}")
     return found
 
 

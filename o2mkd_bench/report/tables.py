@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Align = Literal["left", "right"]
-_REASON = 48
+_REASON = 56
+_STYLES = {"failed": "red", "missing": "yellow", "unresolved": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[C
         plain("wrapper", _wrapper, "left"),
         named("sampler"),
         *(named(key) for key in extra),
-        plain("NFE", lambda line: line.text("nfe")),
+        plain("NFE", lambda line: str(line["nfe"] or "")),
         *(_scores(section, metric, i == 0, full) for i, metric in enumerate(section.metrics)),
         plain("images/s" if full else "img/s", lambda line: si(line.mean("images_per_second"))),
     ]
@@ -89,7 +90,7 @@ def _batches(line: Line) -> str:
 
 
 def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column:
-    """A metric's column; the ``first`` one also says what failed and what is missing, and ``full`` says why."""
+    """A metric's column; the ``first`` one also says what failed or is missing, and with ``full`` why."""
     column = metric.column
     places = decimals(line.scores[column].mean for line in section.lines if column in line.scores)
 
@@ -98,12 +99,9 @@ def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column
             return Text(spread(score.mean, score.sd, places), score.bold)
         if not first or line.done:
             return Text("")
-        if not line.reasons:
-            return Text("missing")
-        if not full:
-            return Text("failed")
-        reason = " ".join(line.reasons[0].split())
-        return Text(f"failed: {reason if len(reason) <= _REASON else reason[: _REASON - 1] + '…'}")
+        reasons = line.reasons(line.standing) if full else []
+        text = ": ".join([line.standing, *reasons[:1]])
+        return Text(text if len(text) <= _REASON else text[: _REASON - 1] + "…")
 
     return Column(metric.header, "right", fill)
 
@@ -201,7 +199,7 @@ def _line(line: Line) -> dict[str, Any]:
         **{key: line.mean(key) for key in means},
         "rows": len(line.rows),
         "done": line.done,
-        "reasons": line.reasons,
+        "reasons": {status: line.reasons(status) for status in dict.fromkeys(row["status"] for row in line.rows)},
     }
 
 
@@ -249,5 +247,4 @@ def _rich(section: Section, shown: Sequence[Column]) -> Table:
 def _styled(cell: Text) -> Any:
     from rich.text import Text as Styled
 
-    style = "bold green" if cell.bold else "red" if cell.text.startswith("failed") else ""
-    return Styled(cell.text, style="yellow" if cell.text == "missing" else style)
+    return Styled(cell.text, style="bold green" if cell.bold else _STYLES.get(cell.text, ""))

@@ -43,6 +43,11 @@ def decimals(values: Iterable[float]) -> int:
     return min(2 - math.floor(math.log10(least)), 8)
 
 
+def count(value: Any) -> int | float | None:
+    """A whole number as it is; anything else as :func:`finite` takes it."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else finite(value)
+
+
 def spread(mean: float, sd: float | None, places: int) -> str:
     """``12.31 ± 0.40``, or the mean alone where one reading has no spread."""
     return f"{mean:.{places}f}" if sd is None else f"{mean:.{places}f} ± {sd:.{places}f}"

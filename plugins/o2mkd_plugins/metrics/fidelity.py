@@ -36,10 +36,6 @@ class _Fidelity(Metric):
 
     options: MetricOptions
 
-    def network(self) -> str:
-        o = self.options
-        return f"embedded:{self.dataset}" if o.network == "embedded" else f"{o.network} {o.weights or ''}".strip()
-
     def layers(self) -> tuple[str, ...]:
         return ("2048",) if self.options.network == "inception" else ("features",)
 
@@ -50,23 +46,17 @@ class _Fidelity(Metric):
 class FrechetDistance(_Fidelity):
     """Fréchet distance between Gaussians fitted to the features (Heusel et al., arXiv 1706.08500), in float64."""
 
-    def columns(self) -> tuple[str, ...]:
-        return fid_columns(self.options, self.dataset)
-
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         (layer,) = self.layers()
         ours, theirs = (fid_features_to_statistics(part[layer].double()) for part in (generated, reference))
         found = fid_statistics_to_metric(ours, theirs, verbose=False)
-        return dict(zip(self.columns(), [found[KEY_METRIC_FID]], strict=True))
+        return dict(zip(fid_columns(self.options, self.dataset), [found[KEY_METRIC_FID]], strict=True))
 
 
 class KernelDistance(_Fidelity):
     """Unbiased squared MMD with a cubic polynomial kernel (Binkowski et al., arXiv 1801.01401)."""
 
     options: KernelOptions
-
-    def columns(self) -> tuple[str, ...]:
-        return kid_columns(self.options, self.dataset)
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         (layer,) = self.layers()
@@ -80,7 +70,7 @@ class KernelDistance(_Fidelity):
         found = kid_features_to_metric(
             ours, theirs, kid_subsets=self.options.subsets, kid_subset_size=size, rng_seed=SEED, verbose=False
         )
-        return dict(zip(self.columns(), [found[KEY_METRIC_KID_MEAN]], strict=True))
+        return dict(zip(kid_columns(self.options, self.dataset), [found[KEY_METRIC_KID_MEAN]], strict=True))
 
 
 class InceptionScore(_Fidelity):
@@ -91,9 +81,6 @@ class InceptionScore(_Fidelity):
     def layers(self) -> tuple[str, ...]:
         return ("logits_unbiased",) if self.options.network == "inception" else ("logits",)
 
-    def columns(self) -> tuple[str, ...]:
-        return inception_score_columns(self.options, self.dataset)
-
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         (layer,) = self.layers()
         logits, splits = generated[layer], self.options.splits
@@ -103,16 +90,13 @@ class InceptionScore(_Fidelity):
                 "lower it or raise sampling.images"
             )
         found = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=SEED)
-        return dict(zip(self.columns(), [found[KEY_METRIC_ISC_MEAN]], strict=True))
+        return dict(zip(inception_score_columns(self.options, self.dataset), [found[KEY_METRIC_ISC_MEAN]], strict=True))
 
 
 class PrecisionRecall(_Fidelity):
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991)."""
 
     options: PrecisionRecallOptions
-
-    def columns(self) -> tuple[str, ...]:
-        return precision_recall_columns(self.options, self.dataset)
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         (layer,) = self.layers()
@@ -132,4 +116,4 @@ class PrecisionRecall(_Fidelity):
             verbose=False,
         )
         values = [found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]]
-        return dict(zip(self.columns(), values, strict=True))
+        return dict(zip(precision_recall_columns(self.options, self.dataset), values, strict=True))
