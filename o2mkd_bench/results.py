@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ def document(session: Session) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "suite": session.suite.name,
+        "suite_path": None if session.suite.path is None else str(session.suite.path),
         "description": session.suite.description,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {**record, "device": session.machine.name},
@@ -194,5 +194,3 @@ def pictures(session: Session, out: Path, draw: Any, count: int = 64) -> None:
             path = folder / picture_name(cell)
             images = np.load(session.store.read(cell.samples, "images.npy"), mmap_mode="r", allow_pickle=False)
             draw(np.asarray(images[:count]), path)
-
-

@@ -76,19 +76,30 @@ def run_session(
     session: Session, out: Path, observer: Observer = silent, *, fail_fast: bool = False, rebuild_changed: bool = False
 ) -> Results:
     """``run`` for a session that is already prepared."""
-    from .core.status import Survey
     from .execute import Walk
     from .stages.bench import Bench
 
     if rebuild_changed:
-        for stage in Survey(session.plan, session.store).changed(session.registry):
-            session.store.discard(stage.identity, "made by another source of its plugin")
+        discard_changed(session)
     bench = Bench(session.store, session.machine.device, observer, session.registry)
     walk = Walk(session.plan, bench, fail_fast)
     walk.run()
     results = mended(walk, lambda: report(session, out))
     observer(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
     return results
+
+
+def discard_changed(session: Session) -> None:
+    """Discard what another source of a plugin made, and what follows from it: its identity would not tell."""
+    from .core.status import Survey
+
+    survey = Survey(session.plan, session.store)
+    stale = {stage.identity for stage in survey.changed(session.registry)}
+    for name, stage in session.plan.stages.items():
+        if name in stale or not stale.isdisjoint(stage.inputs()):
+            stale.add(name)
+            if survey.present(name):
+                session.store.discard(name, "made by, or from what was made by, another source of a plugin")
 
 
 def mended(walk: Walk, read: Callable[[], Results]) -> Results:

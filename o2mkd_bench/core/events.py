@@ -13,7 +13,7 @@ Kind = Literal["plan", "start", "progress", "log", "done", "reused", "failed", "
 class Event:
     """``stage``: identity of the stage it is about, empty for the run; ``label``: the same for a person.
 
-    ``data`` of ``progress``: ``done``, ``total`` (steps or images), ``images``, ``seconds`` and, when training, ``loss``.
+    ``data`` of ``progress``: ``done``, ``total`` (steps or images), ``images``, ``seconds``; when training, ``loss``.
     """
 
     kind: Kind

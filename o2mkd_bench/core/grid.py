@@ -21,11 +21,12 @@ def time_grid(spacing: Spacing, steps: int, timesteps: int = 1000) -> tuple[int,
 
     ``leading``: ``i * (T // n)`` for i = n-1 … 0, as DDIM in diffusers with ``steps_offset=0``;
     ``trailing``: ``round(T - i*T/n) - 1``, from T-1 down; ``linspace``: n points from T-1 to 0, rounded;
-    ``quadratic``: ``linspace(0, sqrt(0.8*T), n)**2``, truncated as in the DDIM code, which never visits t > 0.8 T.
+    ``quadratic``: ``linspace(0, sqrt(0.8*T), n)**2``, truncated as in the DDIM code, which never visits t > 0.8 T;
+    where that code visits a timestep twice (n > 28 for T = 1000), entries move up to the next free one.
     For one step ``leading`` and ``quadratic`` give t = 0, as the code they come from does.
 
     Raises:
-        UserError: for an unknown spacing, or when n is outside 1 … T, or rounding makes entries coincide.
+        UserError: for an unknown spacing, or when n is outside 1 … T.
     """
     if spacing not in get_args(Spacing):
         raise UserError(f"spacing {spacing!r} is not known; use one of {', '.join(get_args(Spacing))}")
@@ -40,11 +41,11 @@ def time_grid(spacing: Spacing, steps: int, timesteps: int = 1000) -> tuple[int,
         case "linspace":
             grid = np.round(np.linspace(0, timesteps - 1, steps))[::-1] if steps > 1 else np.array([timesteps - 1])
         case "quadratic":
-            grid = np.floor(np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2)[::-1]
-    entries = tuple(int(t) for t in grid)
-    if len(set(entries)) != steps:
-        raise UserError(f"spacing {spacing!r} has no {steps} distinct entries below {timesteps}; use fewer steps")
-    return entries
+            places = np.arange(steps)
+            squares = np.floor(np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2)
+            # each entry at least one above the one before it
+            grid = (np.maximum.accumulate(squares - places) + places)[::-1]
+    return tuple(int(t) for t in grid)
 
 
 def noise_levels(

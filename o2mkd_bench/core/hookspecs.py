@@ -18,7 +18,7 @@ Everything but the target is known without importing it, so the declaring module
 
 ``register(name, target, *, options=Options, version="1", paper="", summary="", **traits)``
 
-- ``name``: what a suite writes.
+- ``name``: what a suite writes; where two distributions claim it, ``distribution:name``.
 - ``target``: ``"package.module:Attribute"``, imported on first use.
 - ``options``: a subclass of :class:`o2mkd_bench.Options`; unknown keys are errors.
 - ``version``: part of the identity of everything the plugin makes; raise it when results change.
@@ -98,8 +98,13 @@ class HookSpecs:
     def register_metrics(self, register: Register) -> None:
         """Metrics. Target: a subclass of ``o2mkd_bench.engine.scoring.Metric``.
 
-        Traits: ``columns``, a torch-free function ``(options, dataset_name) -> tuple[str, ...]`` naming the columns
-        it fills, and ``higher_is_better``: one bool, or a mapping from column prefix to bool.
+        Traits, of which the last may be left out; functions are torch-free and take a dataset plugin's name:
+
+        - ``columns(options, dataset) -> tuple[str, ...]``: the columns it fills.
+        - ``higher_is_better``: a bool.
+        - ``network_id(options, dataset, base) -> dict``: the feature network for identities, its name under
+          ``network``; metrics with equal networks are scored together. ``base``: the folder of the suite.
+        - ``check_images(options, dataset, images)``: raises UserError for a number of images that is too small.
         """
 
     @hookspec

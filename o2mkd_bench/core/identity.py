@@ -30,21 +30,25 @@ def plain(value: Any) -> Any:
     """``value`` as JSON data with one form for every number: 1.0 and 1 are the same number.
 
     Raises:
-        ValueError: for NaN and infinities, which have no JSON form, and for types JSON does not know.
+        ValueError: for NaN and infinities, which have no JSON form, for types JSON does not know, and for mappings
+            two of whose keys are the same text.
     """
     match value:
+        case Enum():
+            return plain(value.value)
+        case str() | int() | None:
+            return value
         case BaseModel():
             return resolved(value)
-        case bool() | None | str():
-            return value.value if isinstance(value, Enum) else value
-        case int():
-            return value
         case float():
             if not math.isfinite(value):
                 raise ValueError(f"{value} cannot be part of an identity")
             return int(value) if value.is_integer() and abs(value) < 2**53 else value
         case Mapping():
-            return {str(key): plain(item) for key, item in value.items()}
+            found = {str(key): plain(item) for key, item in value.items()}
+            if len(found) != len(value):
+                raise ValueError(f"two of the keys {list(value)} are one and the same as text")
+            return found
         case tuple() | list():
             return [plain(item) for item in value]
     raise ValueError(f"a {type(value).__name__} cannot be part of an identity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from .errors import UserError
@@ -44,12 +45,12 @@ def cover(edges: Sequence[int], timesteps: int) -> tuple[Interval, ...]:
         UserError: when an edge is outside (0, T) or not above the one before it; K and the edges are named.
     """
     ends = [0, *edges, timesteps]
-    if any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(ends)):
         raise UserError(
             f"{len(edges) + 1} intervals with inner edges {list(edges)} do not cover [0, {timesteps}) exactly once: "
             f"the edges must rise strictly between 0 and {timesteps}"
         )
-    return tuple(Interval(a, b) for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(Interval(a, b) for a, b in pairwise(ends))
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,26 @@ class Job:
             "steps": self.steps,
             "offset": self.offset,
             "horizon": self.horizon,
+            "pace": str(self.pace()),
         }
 
     def pace(self) -> Fraction:
-        """Schedule positions per step: above 1 when an expert must run through what is left in fewer steps."""
-        return Fraction(self.horizon - self.offset, self.steps)
+        """Schedule positions per step: above 1 when an expert must run through what is left in fewer steps.
+
+        A job that only others start from goes at 1, as it ends where they begin.
+        """
+        return Fraction(1) if self.serves is None else Fraction(self.horizon - self.offset, self.steps)
 
 
 @dataclass(frozen=True)
 class Lift:
-    """What a wrapper may know at plan time beside the job."""
+    """What a wrapper may know at plan time beside the job.
+
+    Attributes:
+        schedule: the teacher's.
+        interval_rule: the rule of a name, ``(students, schedule) -> inner edges``; PluginError if unknown.
+        where: file and key of the wrapper, for the start of its errors.
+    """
 
     schedule: NoiseSchedule
     interval_rule: Callable[[str], Callable[[int, NoiseSchedule], list[int]]]
@@ -80,7 +90,8 @@ class Lift:
 class Wrapper(ABC):
     """A wrapper plugin: one job on [0, T) in, jobs out whose ``serves`` cover [0, T) exactly once.
 
-    ``lifts``: True for a wrapper that makes several students; such wrappers do not nest.
+    Attributes:
+        lifts: True for a wrapper that makes several students: it is given single-student baselines, and does not nest.
     """
 
     lifts: ClassVar[bool] = False
@@ -90,7 +101,11 @@ class Wrapper(ABC):
 
     @abstractmethod
     def wrap(self, job: Job, lift: Lift) -> tuple[Job, ...]:
-        """Jobs in an order in which each one's ``start`` comes before it."""
+        """Jobs in an order in which each one's ``start`` comes before it.
+
+        Raises:
+            UserError: beginning with ``lift.where``, when the options and the job do not fit together.
+        """
 
 
 def total_images(jobs: tuple[Job, ...]) -> Fraction:
@@ -107,11 +122,24 @@ def lineage(jobs: tuple[Job, ...], job: Job) -> tuple[Job, ...]:
     return tuple(line)
 
 
-def check_cover(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
-    """Raise UserError unless the jobs' ``serves`` cover ``[0, timesteps)`` exactly once."""
+def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
+    """Hold what a wrapper gave to its contract.
+
+    Raises:
+        UserError: naming ``where``, unless roles differ, every job has a step and starts from scratch, the teacher or a
+            job before it, and the jobs' ``serves`` cover ``[0, timesteps)`` exactly once.
+    """
+    known = {"scratch", "teacher"}
+    for job in jobs:
+        if job.start not in known:
+            raise UserError(f"{where}: {job.role} starts from {job.start!r}, which is no job before it")
+        if job.role in known:
+            raise UserError(f"{where}: two jobs have the role {job.role!r}, or one of the words scratch and teacher")
+        if job.steps < 1:
+            raise UserError(f"{where}: {job.role} would train {job.steps} steps; raise the budget")
+        known.add(job.role)
     served = sorted(job.serves for job in jobs if job.serves is not None)
     ends = [0, *(i.hi for i in served)]
     if [i.lo for i in served] != ends[:-1] or ends[-1] != timesteps:
-        raise UserError(
-            f"{where}: the {len(served)} intervals {', '.join(map(str, served))} do not cover [0, {timesteps}) exactly once"
-        )
+        found = ", ".join(map(str, served)) or "none"
+        raise UserError(f"{where}: the {len(served)} intervals {found} do not cover [0, {timesteps}) exactly once")

@@ -110,7 +110,6 @@ class Plan:
     stages: dict[str, Stage] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     references: list[dict[str, Any]] = field(default_factory=list)
-    protocols: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, stage: Stage) -> str:
         self.stages.setdefault(stage.identity, stage)

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,16 +15,23 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
-from pydantic import ValidationError
 
 from .errors import PluginError
 from .hookspecs import API, GROUP, KINDS, HookSpecs
 from .options import Options
 
+BUILTIN = "o2mkd-bench"
+
 
 @dataclass(frozen=True)
 class Plugin:
-    """One registered name. ``load`` imports the target; all the rest is known without it."""
+    """One registered name. ``load`` imports the target; all the rest is known without it.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        options, version, paper, summary, traits: as given to ``register``, see ``hookspecs``.
+        distribution: the installed package it comes from, in its normalised name.
+    """
 
     kind: str
     name: str
@@ -35,6 +43,11 @@ class Plugin:
     distribution: str
     distribution_version: str
     traits: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name that means this plugin whatever else is installed: third parties' with their distribution."""
+        return self.name if self.distribution == BUILTIN else f"{self.distribution}:{self.name}"
 
     def load(self) -> Any:
         """The target itself.
@@ -71,34 +84,43 @@ class BrokenPlugin:
 
 
 class Registry:
-    """All plugins of this interpreter, loaded one distribution at a time."""
+    """Plugins by kind and name, added one module at a time.
+
+    Attributes:
+        broken: modules that could not be loaded or declared something wrong; nothing of them is registered.
+    """
 
     def __init__(self) -> None:
         self._plugins: dict[tuple[str, str], list[Plugin]] = {}
         self.broken: list[BrokenPlugin] = []
 
     def add(self, module: ModuleType | Any, distribution: str, version: str, name: str) -> None:
-        """Call every hook of one plugin module; a failure is recorded and undoes what it had registered."""
+        """Call every hook of one plugin module; a failure goes to ``broken`` and nothing of the module is registered.
+
+        Args:
+            distribution, version: of the installed package; ``name``: of the module, for messages.
+        """
         found: list[Plugin] = []
         try:
             api = getattr(module, "api", None)
             if api != API:
-                raise PluginError(f"{name} declares api = {api!r}, this o2mkd-bench offers api = {API}; update one of them")
+                raise PluginError(
+                    f"{name} declares api = {api!r}, this o2mkd-bench offers api = {API}; update one of them"
+                )
             manager = pluggy.PluginManager(GROUP)
             manager.add_hookspecs(HookSpecs)
             manager.register(module, name=name)
             manager.check_pending()
             for kind in KINDS:
                 getattr(manager.hook, f"register_{kind}")(register=self._register(kind, distribution, version, found))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             self.broken.append(BrokenPlugin(distribution, version, name, text))
             return
         for plugin in found:
             self._plugins.setdefault((plugin.kind, plugin.name), []).append(plugin)
 
-    @staticmethod
-    def _register(kind: str, distribution: str, dist_version: str, found: list[Plugin]) -> Callable[..., None]:
+    def _register(self, kind: str, distribution: str, dist_version: str, found: list[Plugin]) -> Callable[..., None]:
         def register(
             name: str,
             target: str,
@@ -110,10 +132,15 @@ class Registry:
             **traits: Any,
         ) -> None:
             if not (inspect.isclass(options) and issubclass(options, Options)):
-                raise PluginError(f"the options of {kind}:{name} are no subclass of o2mkd_bench.Options; derive them from it")
+                raise PluginError(
+                    f"the options of {kind}:{name} are no subclass of o2mkd_bench.Options; derive them from it"
+                )
             if ":" not in target:
                 raise PluginError(f"the target of {kind}:{name} is {target!r}; write it as 'package.module:Attribute'")
-            if any(p.kind == kind and p.name == name for p in found):
+            earlier = self._plugins.get((kind, name), [])
+            if any(p.kind == kind and p.name == name for p in found) or distribution in {
+                p.distribution for p in earlier
+            }:
                 raise PluginError(f"{kind}:{name} is registered twice by {distribution}; give one of them another name")
             found.append(
                 Plugin(kind, name, target, options, str(version), paper, summary, distribution, dist_version, traits)
@@ -137,13 +164,14 @@ class Registry:
         owner, _, short = name.rpartition(":")
         claims = self._plugins.get((kind, short), [])
         if owner:
-            claims = [p for p in claims if p.distribution == owner]
+            claims = [p for p in claims if p.distribution == normalised(owner)]
         builtin = [p for p in claims if p.distribution == BUILTIN]
         if builtin or len(claims) == 1:
             return (builtin or claims)[0]
         if claims:
+            count = "two" if len(claims) == 2 else str(len(claims))
             names = " or ".join(f"{p.distribution}:{short}" for p in claims)
-            raise PluginError(f"{kind} {short!r} is claimed by two plugins; write {names}")
+            raise PluginError(f"{kind} {short!r} is claimed by {count} plugins; write {names}")
         known = [p.name for p in self.all(kind)]
         near = difflib.get_close_matches(short, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -151,10 +179,8 @@ class Registry:
         raise PluginError(f"no {kind} plugin is called {name!r}; {hint}known are {', '.join(known) or 'none'}{broken}")
 
 
-BUILTIN = "o2mkd-bench"
-
-
 def entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    """The entry points of everything installed here that says it is a plugin."""
     return importlib.metadata.entry_points(group=GROUP)
 
 
@@ -163,25 +189,27 @@ def registry() -> Registry:
     """The registry of this process. ``O2MKD_BENCH_PLUGINS`` (comma-separated distributions) limits third parties."""
     found = Registry()
     allowed = os.environ.get("O2MKD_BENCH_PLUGINS")
-    names = None if allowed is None else {BUILTIN, *(n.strip() for n in allowed.split(","))}
+    names = None if allowed is None else {BUILTIN, *(normalised(n.strip()) for n in allowed.split(","))}
     seen: set[tuple[str, str]] = set()
-    for entry in sorted(entry_points(), key=lambda e: (e.dist is None or e.dist.name != BUILTIN, e.name)):
-        distribution = entry.dist.name if entry.dist else "unknown"
+    for entry in sorted(entry_points(), key=lambda e: (_distribution(e) != BUILTIN, _distribution(e), e.name)):
+        distribution = _distribution(entry)
         version = entry.dist.version if entry.dist else "0"
         if (distribution, entry.value) in seen or (names is not None and distribution not in names):
             continue
         seen.add((distribution, entry.value))
         try:
             module = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.broken.append(BrokenPlugin(distribution, version, entry.value, f"{type(error).__name__}: {error}"))
             continue
         found.add(module, distribution, version, entry.value)
     return found
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one clause: the first offending key, what is wrong, the near miss."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "value"
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}"
+def normalised(distribution: str) -> str:
+    """The one spelling of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _distribution(entry: importlib.metadata.EntryPoint) -> str:
+    return normalised(entry.dist.name) if entry.dist else "unknown"

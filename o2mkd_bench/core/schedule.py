@@ -21,7 +21,9 @@ class NoiseSchedule:
 
     Attributes:
         kind: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``, with the meaning they have in diffusers.
+        beta_start, beta_end: of the first and the last timestep; without meaning for ``squaredcos_cap_v2``.
         timesteps: T, the number of training timesteps.
+        trained_betas: T betas that take the place of the above.
     """
 
     kind: str = "linear"
@@ -35,19 +37,27 @@ class NoiseSchedule:
         """Read a diffusers ``scheduler_config.json``.
 
         Raises:
-            UserError: for a beta schedule that is not one of the three known ones.
+            UserError: for a beta schedule that is not one of the three known ones, a number of trained betas that is
+                not the number of timesteps, and for betas rescaled to zero terminal SNR.
         """
         betas = config.get("trained_betas")
         kind = config.get("beta_schedule", "linear")
         if betas is None and kind not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-            raise UserError(f"{where}: beta_schedule {kind!r} is not known; use linear, scaled_linear or squaredcos_cap_v2")
+            raise UserError(
+                f"{where}: beta_schedule {kind!r} is not known; use linear, scaled_linear or squaredcos_cap_v2"
+            )
+        timesteps = int(config.get("num_train_timesteps", 1000))
+        if betas is not None and len(betas) != timesteps:
+            raise UserError(
+                f"{where}: trained_betas has {len(betas)} entries and num_train_timesteps is {timesteps}; correct one"
+            )
         if config.get("rescale_betas_zero_snr"):
             raise UserError(f"{where}: rescale_betas_zero_snr is not supported; set it to false")
         return cls(
             kind=kind,
             beta_start=float(config.get("beta_start", 1e-4)),
             beta_end=float(config.get("beta_end", 0.02)),
-            timesteps=int(config.get("num_train_timesteps", 1000)),
+            timesteps=timesteps,
             trained_betas=None if betas is None else tuple(float(b) for b in betas),
         )
 
@@ -74,7 +84,7 @@ class NoiseSchedule:
         else:
             bar = np.cos((np.arange(n + 1, dtype=np.float64) / n + 0.008) / 1.008 * np.pi / 2) ** 2
             betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-        return np.cumprod(1 - betas)
+        return np.cumprod(1 - betas, dtype=np.float64)
 
     @cached_property
     def alpha(self) -> NDArray[np.float64]:

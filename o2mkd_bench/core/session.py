@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .blocks import any_match
-from .build import Machine, build
+from .build import build
 from .checkpoints import download_hub, resolve_hub
 from .errors import UserError
 from .machine import device_name, resolve_device
+from .measures import Machine
 from .plan import AXES, Plan
 from .plugins import Registry
 from .plugins import registry as default_registry
@@ -47,8 +49,18 @@ def this_machine(device: str) -> Machine:
         UserError: when the device is not here.
     """
     resolved = resolve_device(device)
-    versions = {"torch": importlib.metadata.version("torch")}
+    torch = importlib.metadata.distribution("torch")
+    versions = {"torch": torch.version}
+    if resolved != "cpu":
+        versions["cuda"] = _cuda(torch)
     return Machine(resolved, device_name(resolved), versions)
+
+
+def _cuda(torch: importlib.metadata.Distribution) -> str:
+    """The CUDA version that torch was built with, read without importing torch."""
+    text = Path(str(torch.locate_file("torch/version.py"))).read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+    return found[1] if found else "none"
 
 
 def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), download: bool = False) -> Session:
@@ -67,8 +79,6 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     return Session(suite, store_at(store), machine, plan, registry)
 
 
-
-
 def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:
     """The predicate of one ``--only axis=pattern[,pattern…]`` on a cell's labels.
 
@@ -82,7 +92,8 @@ def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:
         near = difflib.get_close_matches(axis, AXES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"--only {text}: write axis=pattern; {hint}the axes are {', '.join(AXES)}")
-    patterns = [part.strip() for part in value.split(",")]
+    # a label such as o2mkd(students=2, warmup=0.1) holds commas of its own
+    patterns = [value, *(part.strip() for part in value.split(","))]
 
     def accept(labels: Mapping[str, Any]) -> bool:
         return labels[axis] == "" or any_match(patterns, labels[axis])

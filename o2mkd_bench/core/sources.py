@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .errors import PluginError
@@ -27,7 +27,7 @@ def sources(stage: Stage, registry: Registry) -> dict[str, str]:
     return {f"{kind}:{name}": module_hash(registry.get(kind, name).target.partition(":")[0]) for kind, name in named}
 
 
-@lru_cache(maxsize=None)
+@cache
 def module_hash(module: str) -> str:
     """The first 16 hex digits of the SHA-256 of a module's source file.
 

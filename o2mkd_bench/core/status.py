@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import CorruptArtifact
 from .plan import Cell, Plan, Stage
@@ -26,12 +27,14 @@ class Standing:
 
 
 class Survey:
-    """Looks at the store once for a whole plan."""
+    """How far ``plan`` is; each artifact and each failure is looked up in the store once."""
 
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan = plan
         self.store = store
         self._present: dict[str, bool] = {}
+        self._failures: dict[str, dict[str, Any] | None] = {}
+        self._order = {name: number for number, name in enumerate(plan.stages)}
 
     def present(self, identity: str) -> bool:
         """Whether the artifact is there; looked up once."""
@@ -41,14 +44,7 @@ class Survey:
 
     def missing(self) -> dict[str, Stage]:
         """The stages that must still be made for the plan's cells, in the plan's order."""
-        needed: set[str] = set()
-        queue = self.plan.wanted()
-        while queue:
-            name = queue.pop()
-            if name not in needed and not self.present(name):
-                needed.add(name)
-                queue.extend(self.plan.stages[name].inputs())
-        return {name: stage for name, stage in self.plan.stages.items() if name in needed}
+        return {name: self.plan.stages[name] for name in self._absent(self.plan.wanted())}
 
     def standing(self, cell: Cell) -> Standing:
         """Done, failed with the reason of the first stage that failed, or missing."""
@@ -57,7 +53,7 @@ class Survey:
         absent = [name for name in cell.stages() if not self.present(name)]
         if not absent:
             return Standing(cell, "done")
-        found = [self.store.failure(name) for name in self.plan.closure(absent) if not self.present(name)]
+        found = [self._failure(name) for name in self._absent(absent)]
         failures = [failure for failure in found if failure is not None]
         serious = [f for f in failures if f["category"] != UNAVAILABLE]
         if serious:
@@ -65,6 +61,22 @@ class Survey:
         if failures and set(absent) <= set(cell.scores):
             return Standing(cell, "done", empty=tuple(dict.fromkeys(f["reason"] for f in failures)))
         return Standing(cell, "missing")
+
+    def _absent(self, wanted: Iterable[str]) -> list[str]:
+        """Which of ``wanted``, and of what must be made for them, is not there, in the plan's order."""
+        needed: set[str] = set()
+        queue = list(wanted)
+        while queue:
+            name = queue.pop()
+            if name not in needed and not self.present(name):
+                needed.add(name)
+                queue.extend(self.plan.stages[name].inputs())
+        return sorted(needed, key=self._order.__getitem__)
+
+    def _failure(self, identity: str) -> dict[str, Any] | None:
+        if identity not in self._failures:
+            self._failures[identity] = self.store.failure(identity)
+        return self._failures[identity]
 
     def standings(self) -> list[Standing]:
         return [self.standing(cell) for cell in self.plan.cells]

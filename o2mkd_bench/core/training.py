@@ -1,15 +1,16 @@
-"""The stages that train: a teacher, the jobs of a wrapper, the rounds of step distillation."""
+"""The stages that train: the jobs of a wrapper, and the rounds of step distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from .errors import UserError
+from .errors import PluginError, UserError
 from .identity import resolved
 from .intervals import Interval, Law
-from .jobs import Job, Lift, Wrapper, check_cover, lineage, total_images
+from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
 from .plan import Plan, Stage, Trained
 from .plugins import Plugin, Registry
 from .program import Round, Sampler
@@ -24,7 +25,7 @@ def at(suite: Suite, key: str) -> str:
 
 def reference(use: Use) -> dict[str, Any]:
     """A plugin and its options as they enter an identity."""
-    return {"name": use.plugin.name, "version": use.plugin.version, "options": resolved(use.options)}
+    return {"name": use.plugin.key, "version": use.plugin.version, "options": resolved(use.options)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,12 @@ class Source:
     size: int
     flip: bool
 
+    @property
+    def shape(self) -> list[int]:
+        return [self.channels, self.size, self.size]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class TeacherSource:
     """A teacher in the plan: its artifact, and what is known of it without opening it."""
 
@@ -52,14 +57,14 @@ class TeacherSource:
     def network(self, config: Mapping[str, Any], prediction: str) -> dict[str, Any]:
         """What a trained artifact says of its network."""
         return {
-            "family": {"name": self.family.name, "version": self.family.version},
-            "config": dict(config),
+            "family": {"name": self.family.key, "version": self.family.version},
+            "config": config,
             "schedule": self.schedule.scheduler_config(),
             "prediction": prediction,
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """One combination of the training axes; ``tag`` names it for people."""
 
@@ -72,13 +77,19 @@ class Recipe:
     images: int
     tag: str
 
-    def training(self, suite: Suite, sampler: SamplerEntry | None = None) -> Training:
-        rounds = () if sampler is None else (sampler.training,)
-        return suite.training.merged(self.student.training, self.wrapper.training, *rounds)
-
     @property
     def prediction(self) -> str:
         return self.student.prediction or self.teacher.prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One way of drawing images from a network: a sampler's entry with its number of steps, and which weights."""
+
+    entry: SamplerEntry
+    sampler: Sampler
+    steps: int
+    weights: str
 
 
 class Trainer:
@@ -89,128 +100,165 @@ class Trainer:
         self.registry = registry
         self.plan = plan
 
-    def jobs(self, recipe: Recipe, steps: int | None = None) -> tuple[Job, ...]:
-        """The wrapper's jobs for a budget; with ``steps``, one unwrapped student of that length (a baseline)."""
-        training = recipe.training(self.suite)
-        timesteps = recipe.teacher.schedule.timesteps
-        everything = Interval(0, timesteps)
-        own = recipe.images // training.batch if steps is None else steps
-        where = at(self.suite, f"wrappers.{recipe.wrapper.label}")
-        if own < 1:
+    def training(self, recipe: Recipe, sampler: SamplerEntry | None = None) -> Training:
+        """How the jobs of ``recipe`` are trained, or the rounds of ``sampler`` after them."""
+        rounds = () if sampler is None else (sampler.training,)
+        return self.suite.training.merged(recipe.student.training, recipe.wrapper.training, *rounds)
+
+    def lifted(self, recipe: Recipe) -> tuple[Job, ...]:
+        """The wrapper's jobs for the recipe's budget.
+
+        Raises:
+            UserError: for a budget of less than one batch, or options that the wrapper refuses. PluginError for a
+                wrapper that fails.
+        """
+        batch = self.training(recipe).batch
+        steps = recipe.images // batch
+        if steps < 1:
             raise UserError(
-                f"{at(self.suite, 'budgets')}: {recipe.images} images are less than one batch of {training.batch}; "
+                f"{at(self.suite, 'budgets')}: {recipe.images} images are less than one batch of {batch}; "
                 "raise the budget or lower training.batch"
             )
-        job = Job("student", everything, everything, Law.uniform(everything), training.batch, own, own)
-        job = replace(job, student=recipe.student.model_dump(include={"width", "blocks", "config"}))
-        if steps is not None:
-            return (job,)
-        wrapper: Wrapper = recipe.wrapper.use.plugin.load()(recipe.wrapper.use.options)
-        lift = Lift(recipe.teacher.schedule, lambda name: self.registry.get("intervals", name).load(), where)
-        jobs = wrapper.wrap(job, lift)
-        check_cover(jobs, timesteps, where)
+        where = at(self.suite, f"wrappers.{recipe.wrapper.label}")
+        plugin = recipe.wrapper.use.plugin
+        lift = Lift(recipe.teacher.schedule, self._interval_rule, where)
+        try:
+            wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
+            jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
+        except UserError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{where}: wrapper {plugin.key} failed: {type(error).__name__}: {error}") from error
+        check_jobs(jobs, recipe.teacher.schedule.timesteps, where)
         return jobs
+
+    def plain(self, recipe: Recipe, steps: int) -> Job:
+        """One student for all timesteps: what a wrapper is given, and what a baseline is."""
+        everything = Interval(0, recipe.teacher.schedule.timesteps)
+        batch = self.training(recipe).batch
+        student = recipe.student.model_dump(include={"width", "blocks", "config"})
+        law = Law.uniform(everything)
+        return Job("student", everything, everything, law, batch, steps, steps, student=student)
+
+    def _interval_rule(self, name: str) -> Callable[[int, NoiseSchedule], list[int]]:
+        rule: Callable[[int, NoiseSchedule], list[int]] = self.registry.get("intervals", name).load()
+        return rule
 
     def train(self, recipe: Recipe, jobs: tuple[Job, ...]) -> Trained:
         """Stages for ``jobs``; the artifacts that serve each interval, in order of the intervals."""
         by_role: dict[str, str] = {}
-        configs: dict[str, Mapping[str, Any]] = {}
+        configs: dict[str, Mapping[str, Any]] = {"teacher": recipe.teacher.config}
         for job in jobs:
-            stage, configs[job.role] = self._job(recipe, job, by_role, lone=len(jobs) == 1)
+            configs[job.role] = self._config(recipe, job, configs)
+            label = f"{recipe.tag} {job.role}" if len(jobs) > 1 else recipe.tag
+            stage = self._job(recipe, job, configs[job.role], f"{label} seed {recipe.seed}", by_role.get(job.start))
             by_role[job.role] = self.plan.add(stage)
-        serving = sorted((j for j in jobs if j.serves is not None), key=lambda j: j.serves or Interval(0, 1))
+        serving = sorted((job.serves, job.role) for job in jobs if job.serves is not None)
         return Trained(
             jobs=jobs,
-            edges=tuple(j.serves.lo for j in serving[1:] if j.serves is not None),
-            students=tuple(by_role[j.role] for j in serving),
-            configs=tuple(configs[j.role] for j in serving),
+            edges=tuple(interval.lo for interval, _ in serving[1:]),
+            students=tuple(by_role[role] for _, role in serving),
+            configs=tuple(configs[role] for _, role in serving),
             prediction=recipe.prediction,
         )
 
-    def _job(
-        self, recipe: Recipe, job: Job, by_role: Mapping[str, str], lone: bool
-    ) -> tuple[Stage, Mapping[str, Any]]:
-        teacher = recipe.teacher
+    def _config(self, recipe: Recipe, job: Job, configs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The architecture of a job, which must be that of what it starts from."""
         where = at(self.suite, f"students.{recipe.student.name}")
-        config = teacher.family.load()().student_config(teacher.config, job.student, where)
-        if job.start == "teacher" and config != {**teacher.config, "dropout": config.get("dropout")}:
+        teacher = recipe.teacher
+        config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
+        before = configs.get(job.start)
+        # dropout has no weights
+        if before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(
-                f"{where}: wrappers.{recipe.wrapper.label}.init: a student of another shape cannot start from "
-                f"the teacher's weights; use init: shared or scratch, or give students.{recipe.student.name} width 1"
+                f"{where}: wrappers.{recipe.wrapper.label}.init: a student of another shape cannot start from the "
+                f"weights of {job.start}; use init: shared or scratch, or give students.{recipe.student.name} width 1"
             )
+        return config
+
+    def _job(self, recipe: Recipe, job: Job, config: Mapping[str, Any], label: str, before: str | None) -> Stage:
         needs = {"data": (recipe.source.stage,)}
         if job.start == "teacher" or any(u.plugin.traits.get("needs_teacher", True) for u in recipe.method.uses):
-            needs["teacher"] = (teacher.stage,)
-        if job.start in by_role:
-            needs["start"] = (by_role[job.start],)
-        kind = "student" if job.serves is not None else "state"
+            needs["teacher"] = (recipe.teacher.stage,)
+        if before is not None:
+            needs["start"] = (before,)
         spec = {
-            "network": teacher.network(config, recipe.prediction),
+            "network": recipe.teacher.network(config, recipe.prediction),
             "methods": [reference(u) for u in recipe.method.uses],
-            "training": resolved(recipe.training(self.suite)),
+            "training": resolved(self.training(recipe)),
             "job": job.spec(),
-            "start": "continue" if job.start in by_role else job.start,
+            "start": job.start if before is None else "continue",
             "flip": recipe.source.flip,
             "seed": recipe.seed,
             "precision": self.suite.precision,
         }
-        if kind == "student":
-            spec["store_dtype"] = self.suite.store_dtype
-        label = f"{recipe.tag} seed {recipe.seed}" if lone else f"{recipe.tag} {job.role} seed {recipe.seed}"
-        return Stage.make(kind, label, spec, needs, {"checkpoint_every": self.suite.checkpoint_every}), config
+        if job.serves is None:
+            return Stage.make("state", label, spec, needs, self._local)
+        return Stage.make("student", label, {**spec, "store_dtype": self.suite.store_dtype}, needs, self._local)
 
-    def rounds(self, recipe: Recipe, trained: Trained, sampler: Sampler, entry: SamplerEntry, steps: int, weights: str) -> Trained:
-        """Train the rounds that ``sampler`` needs on top of ``trained``; nothing for a training-free sampler."""
+    @property
+    def _local(self) -> dict[str, Any]:
+        return {"checkpoint_every": self.suite.checkpoint_every}
+
+    def rounds(self, recipe: Recipe, trained: Trained, draw: Draw) -> Trained:
+        """Train the rounds that a sampler needs on top of ``trained``; nothing for a training-free sampler.
+
+        Raises:
+            UserError: for steps that its rounds cannot reach, or a share of less than one batch.
+        """
+        where = at(self.suite, f"samplers.{draw.entry.label}")
         try:
-            rounds = sampler.rounds(recipe.teacher.schedule, steps)
+            rounds = draw.sampler.rounds(recipe.teacher.schedule, draw.steps)
         except UserError as error:
-            raise UserError(f"{at(self.suite, 'samplers')}.{entry.label}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         if trained.prediction == "v_prediction":
             rounds = tuple(r for r in rounds if r.kind != "convert")
+        batch = self.training(recipe, draw.entry).batch
         images = 0
         for number, one in enumerate(rounds):
-            trained, seen = self._round(recipe, trained, one, entry, number, weights)
-            images += seen
+            steps = int(recipe.images * one.share) // batch
+            if steps < 1:
+                raise UserError(
+                    f"{where}: {one.share} of {recipe.images} images is less than one batch of {batch}; "
+                    "raise the share or the budget"
+                )
+            students = self._round(recipe, trained, draw, one, {"number": number, "steps": steps, "batch": batch})
+            trained = replace(trained, students=students, prediction=one.prediction)
+            images += steps * batch
         return replace(trained, rounds=rounds, rounds_images=images)
 
     def _round(
-        self, recipe: Recipe, trained: Trained, one: Round, entry: SamplerEntry, number: int, weights: str
-    ) -> tuple[Trained, int]:
-        training = recipe.training(self.suite, entry)
-        steps = int(recipe.images * one.share) // training.batch
-        if steps < 1:
-            raise UserError(
-                f"{at(self.suite, 'samplers')}.{entry.label}: {one.share} of {recipe.images} images is less than one batch "
-                f"of {training.batch}; raise the share or the budget"
-            )
+        self, recipe: Recipe, trained: Trained, draw: Draw, one: Round, course: Mapping[str, int]
+    ) -> tuple[str, ...]:
+        """The students after one round: an expert for the grid entries in each interval; one with none stays."""
         grid = sorted(one.grid)
         students = list(trained.students)
         ends = [0, *trained.edges, recipe.teacher.schedule.timesteps]
-        for k, (lo, hi) in enumerate(zip(ends, ends[1:], strict=False)):
+        spec = {
+            "round": {"kind": one.kind, "grid": grid, "fine": sorted(one.fine)},
+            "clip": draw.entry.clip or self.suite.sampling.clip,
+            "training": resolved(self.training(recipe, draw.entry)),
+            **course,
+            "flip": recipe.source.flip,
+            "seed": recipe.seed,
+            "precision": self.suite.precision,
+            "store_dtype": self.suite.store_dtype,
+        }
+        before = {"edges": trained.edges, "prediction": trained.prediction, "weights": draw.weights}
+        needs = {"data": (recipe.source.stage,), "before": trained.students}
+        for k, (lo, hi) in enumerate(pairwise(ends)):
             inside = [i for i, t in enumerate(grid) if lo <= t < hi]
             if not inside:
                 continue
-            spec = {
+            own = {
                 "network": recipe.teacher.network(trained.configs[k], one.prediction),
-                "round": {"kind": one.kind, "grid": grid, "fine": sorted(one.fine)},
                 "entries": [inside[0], inside[-1] + 1],
-                "before": {"edges": list(trained.edges), "prediction": trained.prediction, "own": k, "weights": weights},
-                "clip": entry.clip or self.suite.sampling.clip,
-                "training": resolved(training),
-                "batch": training.batch,
-                "steps": steps,
-                "flip": recipe.source.flip,
-                "seed": recipe.seed,
-                "number": number,
-                "precision": self.suite.precision,
-                "store_dtype": self.suite.store_dtype,
+                "before": {**before, "own": k},
             }
-            name = f"{one.kind} {len(grid)}"
-            label = f"{recipe.tag} {name} seed {recipe.seed}" if len(students) == 1 else f"{recipe.tag} {name} expert-{k} seed {recipe.seed}"
-            needs = {"data": (recipe.source.stage,), "before": trained.students}
-            stage = Stage.make("round", label, spec, needs, {"checkpoint_every": self.suite.checkpoint_every})
-            students[k] = self.plan.add(stage)
-        return replace(trained, students=tuple(students), prediction=one.prediction), steps * training.batch
+            who = f" expert-{k}" if len(students) > 1 else ""
+            label = f"{recipe.tag} {one.kind} {len(grid)}{who} seed {recipe.seed}"
+            students[k] = self.plan.add(Stage.make("round", label, {**spec, **own}, needs, self._local))
+        return tuple(students)
 
 
 def baseline_steps(jobs: tuple[Job, ...], rule: str, batch: int) -> int:

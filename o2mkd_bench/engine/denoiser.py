@@ -43,27 +43,33 @@ class Call:
 
 
 class Experts:
-    """K networks by interval, for batches in which every sample has its own t."""
+    """K networks by interval, for batches in which every sample has its own t.
 
-    def __init__(self, calls: Sequence[Call], edges: Sequence[int], prediction: Prediction, tables: Tables) -> None:
+    Each network answers in its own prediction type: rounds of step distillation leave an expert that no grid entry
+    falls to as it was, while its neighbours change theirs.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], edges: Sequence[int], predictions: Sequence[Prediction], tables: Tables
+    ) -> None:
+        """``calls``, ``predictions``: least noisy interval first; ``edges``: the inner edges between them, rising."""
         self.calls = list(calls)
         self.edges = torch.tensor(list(edges), dtype=torch.int64)
-        self.prediction = prediction
+        self.predictions = list(predictions)
         self.tables = tables
 
-    def raw(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction of the expert in charge of each sample's t, in the networks' own type."""
+    def predict(self, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
+        """What the network in charge of each sample's t says, as type ``target``; float32, shape of ``x``."""
         if len(self.calls) == 1:
-            return self.calls[0](x, t)
+            return self._ask(0, x, t, target)
         owner = torch.bucketize(t, self.edges.to(t.device), right=True)
         out = torch.empty_like(x)
-        for k, call in enumerate(self.calls):
-            mine = owner == k
-            if bool(mine.any()):
-                out[mine] = call(x[mine], t[mine])
+        for k in range(len(self.calls)):
+            mine = (owner == k).nonzero().flatten()
+            if len(mine):
+                out[mine] = self._ask(k, x[mine], t[mine], target)
         return out
 
-    def predict(self, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
-        """The prediction in type ``target``, float32."""
+    def _ask(self, k: int, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
         alpha, sigma = self.tables.alpha[t], self.tables.sigma[t]
-        return convert(self.raw(x, t), self.prediction, target, x, alpha, sigma)
+        return convert(self.calls[k](x, t), self.predictions[k], target, x, alpha, sigma)

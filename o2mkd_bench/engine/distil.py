@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
+from ..core.errors import PluginError
 from ..core.intervals import Interval
 from ..core.schedule import Prediction
 from .denoiser import Call, Tables
@@ -26,7 +26,14 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """What a student's training is about, whichever objective it has."""
+    """What a student's training is about, whichever objective it has.
+
+    Attributes:
+        data: the training set, uint8 (N, C, H, W), on the device.
+        prediction: the student's type.
+        interval: the timesteps (for a round: the grid entries) it trains on.
+        total: length of its lineage, steps.
+    """
 
     stream: Stream
     data: Tensor
@@ -43,24 +50,35 @@ class Methods:
         self.methods = dict(methods)
         self.weights = {f"{n}/{k}": w for n, m in self.methods.items() for k, w in m.weights().items()}
 
-    def features(self, side: str) -> list[str]:
+    def features(self, side: Literal["teacher", "student"]) -> list[str]:
+        """Roles and paths that any method wants of this side, each once."""
         wanted = [f for m in self.methods.values() for f in getattr(m, f"{side}_features")()]
         return list(dict.fromkeys(wanted))
 
     def setup(self, teacher: Mapping[str, torch.Size], student: Mapping[str, torch.Size]) -> nn.ModuleDict:
+        """Every method's adapters, from the shapes of the features."""
         made = {name: method.setup(teacher, student) for name, method in self.methods.items()}
         return nn.ModuleDict({name: module for name, module in made.items() if module is not None})
 
     def terms(self, ctx: StepContext) -> dict[str, Tensor]:
-        """Weighted terms; a method that gives other terms than it declared weights for is the plugin's error."""
+        """Weighted scalar terms.
+
+        Raises:
+            PluginError: for a method whose terms are not those it declares weights for, or are no scalars.
+        """
         found: dict[str, Tensor] = {}
         for name, method in self.methods.items():
             terms = method.terms(ctx)
             if set(terms) != set(method.weights()):
-                raise UserError(
+                raise PluginError(
                     f"KD method {name!r} gives the terms {sorted(terms)} but declares weights for "
                     f"{sorted(method.weights())}; make weights() and terms() agree"
                 )
+            for term, value in terms.items():
+                if value.dim() != 0:
+                    raise PluginError(
+                        f"KD method {name!r} gives the term {term!r} of shape {tuple(value.shape)}; make it a scalar"
+                    )
             found |= {f"{name}/{k}": self.weights[f"{name}/{k}"] * v for k, v in terms.items()}
         return found
 
@@ -74,36 +92,40 @@ class Teacher:
 
 
 class Distil(Objective):
-    """KD terms at the stream's (x_t, t); with method ``none`` and no teacher this is plain DDPM training."""
+    """KD terms at the stream's (x_t, t); with method ``none`` and no teacher this is plain DDPM training.
+
+    Hooks stand in the networks only while a loss is computed. Adapters start from the stream's seed.
+
+    Raises:
+        UserError: for a feature that a network has not.
+    """
 
     def __init__(self, setting: Setting, student: Call, methods: Methods, teacher: Teacher | None) -> None:
         self.setting = setting
         self.student = student
         self.methods = methods
         self.teacher = teacher
-        self._stack = ExitStack()
-        self._shapes: dict[str, dict[str, torch.Size]] = {}
-        self.student_taps = self._tap(student, methods.features("student"), "student")
-        wanted = methods.features("teacher")
-        self.teacher_taps = self._tap(teacher.call, wanted, "teacher") if teacher is not None else None
-        self._adapters = methods.setup(self._shapes.get("teacher", {}), self._shapes["student"])
+        self.student_taps, student_shapes = self._tap(student, "student")
+        self.teacher_taps: Taps | None = None
+        teacher_shapes: dict[str, torch.Size] = {}
+        if teacher is not None:
+            self.teacher_taps, teacher_shapes = self._tap(teacher.call, "teacher")
+        # adapters start from the seed, whatever was drawn before; setup may draw on the CPU
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Philox.for_purpose(setting.stream.seed, "adapters").key & (2**63 - 1))
+            self._adapters = methods.setup(teacher_shapes, student_shapes).to(setting.data.device)
 
-    def _tap(self, call: Call, names: Sequence[str], side: str) -> Taps:
-        paths = resolve(call.network, names, call.family.roles(call.network), side)
-        self._shapes[side] = shapes(call.network, paths, lambda: call(*self._example()), side)
-        return self._stack.enter_context(Taps(call.network, paths, where=side))
+    def _tap(self, call: Call, side: Literal["teacher", "student"]) -> tuple[Taps, dict[str, torch.Size]]:
+        paths = resolve(call.network, self.methods.features(side), call.family.roles(call.network), side)
+        return Taps(call.network, paths, side), shapes(call.network, paths, lambda: call(*self._example()), side)
 
     def _example(self) -> tuple[Tensor, Tensor]:
         device = self.setting.data.device
         x = torch.zeros(1, *self.setting.data.shape[1:], device=device)
         return x, torch.zeros(1, dtype=torch.int64, device=device)
 
-    def close(self) -> None:
-        """Remove every hook from both networks."""
-        self._stack.close()
-
     def adapters(self) -> nn.Module | None:
-        return self._adapters.to(self.setting.data.device)
+        return self._adapters
 
     def loss(self, batch: StreamBatch, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.setting
@@ -116,7 +138,9 @@ class Distil(Objective):
         teacher, teacher_features = self._ask_teacher(x_t, t, alpha, sigma, pick)
         if pick is not None:
             x0, noise, t, alpha, sigma, x_t = (v[pick] for v in (x0, noise, t, alpha, sigma, x_t))
-        student = self.student(x_t, t)
+        with self.student_taps as taps:
+            student = self.student(x_t, t)
+            student_features = taps.take()
         terms = self.methods.terms(
             StepContext(
                 x_t=x_t,
@@ -134,7 +158,7 @@ class Distil(Objective):
                 step=step,
                 total=s.total,
                 teacher_features=teacher_features,
-                student_features=self.student_taps.take(),
+                student_features=student_features,
                 generator=_generator(s.stream.seed, step, x_t.device),
             )
         )
@@ -148,10 +172,10 @@ class Distil(Objective):
         size = len(t) if pick is None else CHUNK
         raws: list[Tensor] = []
         features: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for x_part, t_part in zip(x_t.split(size), t.split(size), strict=True):
+        with torch.no_grad(), self.teacher_taps as taps:
+            for x_part, t_part in zip(torch.split(x_t, size), torch.split(t, size), strict=True):
                 raws.append(self.teacher.call(x_part, t_part))
-                for name, value in self.teacher_taps.take().items():
+                for name, value in taps.take().items():
                     features.setdefault(name, []).append(value)
             raw = convert(torch.cat(raws), self.teacher.prediction, self.setting.prediction, x_t, alpha, sigma)
         joined = {name: torch.cat(parts) for name, parts in features.items()}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.errors import PluginError
+from ..core.program import Clip
 from .denoiser import Call, Experts
 from .distil import Setting
 from .kd import convert
@@ -17,20 +19,25 @@ from .stream import StreamBatch
 class Halve(Objective):
     """One student step learns two DDIM steps of the round before; the stream's t counts entries of the grid.
 
-    ``grid`` and ``fine`` are ascending tensors of training timesteps on the device; for a ``convert`` round ``fine``
-    is empty and the target is the round before itself. The loss is the x0 error weighted by max(SNR, 1).
+    ``grid`` and ``fine`` are training timesteps in any order; for a ``convert`` round ``fine`` is empty and the target
+    is the round before itself. The loss is the x0 error weighted by max(SNR, 1).
+
+    Raises:
+        PluginError: unless ``fine`` is empty, or has every entry of ``grid`` and one more below each.
     """
 
     def __init__(
-        self, setting: Setting, student: Call, before: Experts, grid: Sequence[int], fine: Sequence[int], clip: str
+        self, setting: Setting, student: Call, before: Experts, grid: Sequence[int], fine: Sequence[int], clip: Clip
     ) -> None:
+        if fine and sorted(fine)[1::2] != sorted(grid):
+            raise PluginError(f"a round on {sorted(grid)} cannot halve steps on {sorted(fine)}: not every second entry")
         device = setting.data.device
         self.setting = setting
         self.student = student
         self.before = before
         self.clip = clip
         self.grid = torch.tensor(sorted(grid), device=device)
-        self.fine = torch.tensor(sorted(fine), device=device)
+        self.fine = torch.tensor(sorted(fine), dtype=torch.int64, device=device)
 
     def loss(self, batch: StreamBatch, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.setting
@@ -48,9 +55,10 @@ class Halve(Objective):
         return term, {"x0": term}
 
     def _target(self, x_t: Tensor, t: Tensor, entry: Tensor) -> Tensor:
+        """The x0 from which one DDIM step lands where two steps of the round before do."""
         if len(self.fine) == 0:
             return self._x0(x_t, t)[0]
-        # the fine grid holds every coarse entry and one more below each: entry i of the coarse is 2i + 1 of the fine
+        # entry i of the coarse grid is entry 2i + 1 of the fine one
         place = 2 * entry + 1
         middle = self._step(x_t, t, place - 1)
         end = self._step(middle, self.fine[place - 1], place - 2)

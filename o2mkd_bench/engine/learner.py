@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Course:
-    """How a job runs along its lineage: step ``i`` of the job stands at ``offset + i * pace`` of ``horizon``."""
+    """How a job runs along its lineage.
+
+    Attributes:
+        steps: optimiser steps of this job.
+        offset: steps of the lineage before it.
+        horizon: positions over which the learning rate is laid out, the same along a lineage.
+        pace: positions a step; above 1 where a job must run through what is left in fewer steps than others.
+    """
 
     steps: int
     offset: int = 0
@@ -30,6 +37,7 @@ class Course:
     pace: Fraction = Fraction(1)
 
     def position(self, step: int) -> float:
+        """Where step ``step`` of the job stands: ``offset + step * pace`` of ``horizon``."""
         return float(self.offset + step * self.pace)
 
 
@@ -48,6 +56,7 @@ def lr_schedule(optimizer: torch.optim.Optimizer, training: Mapping[str, Any], h
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+    """AdamW, Adam, or SGD with ``betas[0]`` as its momentum; ``fused``: in one kernel, where the optimiser has one."""
     lr, decay = training["lr"], training["weight_decay"]
     match training["optimizer"]:
         case "sgd":
@@ -62,8 +71,9 @@ def make_optimizer(parameters: list[nn.Parameter], training: Mapping[str, Any], 
 class Learner:
     """A network in training.
 
-    ``training`` is a suite's resolved ``training`` block as plain data; ``adapters`` are trained along and thrown
-    away after. The average's horizon is a share of the lineage, ramped from a plain mean (timm's ModelEmaV3).
+    ``training`` is a suite's ``training`` block as plain data, complete; ``adapters`` are trained along and thrown away
+    after. The average (timm's ModelEmaV3) is a plain mean until its length reaches its horizon, the share
+    ``training["ema"]`` of the lineage.
     """
 
     def __init__(
@@ -83,16 +93,17 @@ class Learner:
         self.parameters = [*network.parameters(), *self.adapters.parameters()]
         self.optimizer = make_optimizer(self.parameters, training, self.device.type == "cuda")
         self.schedule = lr_schedule(self.optimizer, training, course.horizon)
-        span = max(1.0, training["ema"] * course.horizon)
+        # of positions, as the learning rate is, so that a job at twice the pace averages over half as many steps
+        span = max(1.0, training["ema"] * course.horizon / float(course.pace))
         self.ema = ModelEmaV3(network, decay=1 - 1 / span, use_warmup=True, warmup_power=1.0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def step(self, loss: Tensor) -> None:
         """One optimiser step on ``loss``, at the learning rate and average of the present position."""
-        where = self.course.position(self.position)
-        self.schedule.step_update(where)
+        # timm annotates whole updates; its formulas hold for every position
+        self.schedule.step_update(self.course.position(self.position))  # type: ignore[arg-type]
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -114,13 +125,19 @@ class Learner:
             tensors |= {f"opt/{index}/{k}": v for k, v in entry.items() if isinstance(v, Tensor)}
         meta = {"position": self.position, "scaler": self.scaler.state_dict(), "extra": dict(extra)}
         part = path.with_suffix(".part")
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata={"learner": json.dumps(meta)})
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata={"learner": json.dumps(meta)}
+        )
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
 
     def load(self, path: Path, resume: bool) -> dict[str, Any]:
-        """Take over a saved state; with ``resume`` also its position within the job. Gives back ``extra``."""
+        """Take over a saved state; with ``resume`` also its position within the job. Gives back ``extra``.
+
+        Raises:
+            SafetensorError: for a file that is no saved state; the learner is as it was then.
+        """
         groups: dict[str, dict[str, Tensor]] = {"net": {}, "ema": {}, "adapters": {}, "opt": {}}
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             meta = json.loads(file.metadata()["learner"])

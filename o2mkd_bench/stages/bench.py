@@ -33,6 +33,7 @@ class Bench:
     registry: Registry
 
     def family(self, network: Mapping[str, Any]) -> ModelFamily:
+        """The plugin that builds and calls a network, from what its artifact says of it."""
         made: ModelFamily = self.registry.get("models", network["family"]["name"]).load()()
         return made
 
@@ -67,17 +68,18 @@ class Bench:
 
         from ..engine.denoiser import Call, Experts, Tables
 
-        about = self.network(artifacts[0])
-        family = self.family(about)
+        about = [self.network(artifact) for artifact in artifacts]
+        family = self.family(about[0])
         calls = [Call(family, network, precision) for network in self._networks(artifacts, weights)]
         tables = Tables.of(self.schedule(artifacts[0]), torch.device(self.device))
-        return Experts(calls, edges, about["prediction"], tables)
+        return Experts(calls, edges, [one["prediction"] for one in about], tables)
 
     def _networks(self, artifacts: Sequence[str], weights: str) -> list[nn.Module]:
         opened = {artifact: self.denoiser(artifact, weights) for artifact in dict.fromkeys(artifacts)}
         return [opened[artifact] for artifact in artifacts]
 
     def schedule(self, artifact: str) -> NoiseSchedule:
+        """The noise schedule a trained artifact belongs to."""
         return NoiseSchedule.from_scheduler_config(self.network(artifact)["schedule"])
 
     def images(self, data: str, split: str = "train") -> Tensor:
@@ -88,12 +90,17 @@ class Bench:
         array = np.load(self.store.read(data, f"{split}.npy"), allow_pickle=False)
         return torch.from_numpy(array).to(self.device)
 
+    def say(self, stage: Stage, text: str) -> None:
+        """Tell the observers something about a stage, in words."""
+        self.observer(Event("message", stage.identity, stage.label, {"text": f"{stage.label}: {text}"}))
+
     def progress(self, stage: Stage, done: int, total: int, **data: Any) -> None:
         """Tell the observers how far a stage is."""
         self.observer(Event("progress", stage.identity, stage.label, {"done": done, "total": total, **data}))
 
 
 def write_json(path: Path, data: Any) -> None:
+    """JSON with sorted keys: equal data, equal bytes."""
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..core.plan import Stage
@@ -27,11 +28,11 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     images = data[:count].float().div(127.5).sub(1)
     noise = Philox.for_purpose(0, "probe").normal(torch.arange(count, device=images.device), images.shape[1:])
     timesteps = len(teacher.tables.alpha)
-    points = torch.linspace(0, timesteps - 1, spec["points"]).round().to(torch.int64).unique().tolist()
+    points = sorted({round(t) for t in np.linspace(0, timesteps - 1, spec["points"]).tolist()})
     errors = []
     for done, t in enumerate(points):
         total = 0.0
-        for x0, fresh in zip(images.split(BATCH), noise.split(BATCH), strict=True):
+        for x0, fresh in zip(torch.split(images, BATCH), torch.split(noise, BATCH), strict=True):
             times = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device)
             x_t = teacher.tables.alpha[t] * x0 + teacher.tables.sigma[t] * fresh
             with torch.no_grad():

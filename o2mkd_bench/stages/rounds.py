@@ -23,6 +23,7 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     training = Training.model_validate(spec["training"])
     data = bench.images(stage.needs["data"][0])
     stream = Stream(
+        # no round sees the noise of another, nor that of the training before
         spec["seed"] + (spec["number"] + 1) * 1_000_003,
         Law.uniform(Interval(0, len(one["grid"]))),
         spec["batch"],
@@ -36,13 +37,10 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     setting = Setting(stream, data, Tables.of(schedule, data.device), about["prediction"], entries, spec["steps"])
     network = bench.denoiser(stage.needs["before"][before["own"]], before["weights"]).requires_grad_(True).train()
     teachers = bench.experts(stage.needs["before"], before["edges"], before["weights"], spec["precision"])
-    teachers.prediction = before["prediction"]
     objective = Halve(
         setting, Call(bench.family(about), network, spec["precision"]), teachers, one["grid"], one["fine"], spec["clip"]
     )
-    learner = Learner(
-        network, training.model_dump(), Course(spec["steps"], horizon=spec["steps"]), spec["precision"]
-    )
+    learner = Learner(network, training.model_dump(), Course(spec["steps"], horizon=spec["steps"]), spec["precision"])
     log = run(stage, bench, learner, objective, (stream, entries))
     write_denoiser(stage, bench, draft, learner, log)
     draft.meta["seconds"] = log.seconds

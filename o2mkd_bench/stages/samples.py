@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import StageFailed
 from ..core.grid import time_grid
 from ..core.plan import Stage
 from ..core.plugins import Registry
@@ -50,13 +51,17 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
 
 def draw(bench: Bench, spec: Mapping[str, Any], students: tuple[str, ...], which: range, stage: Stage) -> Tensor:
     """Images number ``which`` of a sampling stage, uint8 on the CPU."""
-    about = bench.network(students[-1])
     schedule = bench.schedule(students[0])
+    program = solver(spec, schedule, bench.registry)
     router = bench.router(students, spec["edges"], spec["weights"], spec["precision"])
+    # an expert that is never called may have been left in another type by the rounds of step distillation
+    types = {bench.network(students[router.route(line.t)])["prediction"] for line in program.lines}
+    if len(types) != 1:
+        raise StageFailed(f"the experts of {stage.label} predict {' and '.join(sorted(types))}; train them alike")
     return sample_images(
-        solver(spec, schedule, bench.registry),
+        program,
         schedule,
-        router.epsilon(schedule, about["prediction"]),
+        router.epsilon(schedule, types.pop()),
         noise_source(spec["seed"], tuple(spec["shape"])),
         torch.arange(which.start, which.stop, device=bench.device),
         stage.local["batch"],

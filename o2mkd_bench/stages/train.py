@@ -15,7 +15,7 @@ from ..core.plan import Stage
 from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
 from ..core.suite import Training
-from ..engine.cost import network_cost
+from ..engine.cost import Cost, network_cost
 from ..engine.denoiser import DTYPES, Call, Tables
 from ..engine.distil import Distil, Methods, Setting, Teacher
 from ..engine.kd import KDMethod
@@ -64,7 +64,8 @@ def write_denoiser(stage: Stage, bench: Bench, draft: Draft, learner: Learner, l
     draft.meta["cost"] = dict(cost(bench, about))
 
 
-def cost(bench: Bench, about: Mapping[str, Any]) -> Mapping[str, int]:
+def cost(bench: Bench, about: Mapping[str, Any]) -> Cost:
+    """Parameters and MACs of a network, from what its artifact says of it."""
     config = about["config"]
     return network_cost(bench.family(about), config, config["in_channels"], config["sample_size"])
 
@@ -78,8 +79,8 @@ def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:
 
 
 def course(job: Mapping[str, Any]) -> Course:
-    left = job["horizon"] - job["offset"]
-    return Course(job["steps"], job["offset"], job["horizon"], Fraction(left, job["steps"]))
+    """The course of a job in its stage's spec; a lineage reaches its horizon with its last step."""
+    return Course(job["steps"], job["offset"], job["horizon"], Fraction(job["pace"]))
 
 
 def watcher(stage: Stage, bench: Bench, clock: Stopwatch) -> Watch:
@@ -88,8 +89,11 @@ def watcher(stage: Stage, bench: Bench, clock: Stopwatch) -> Watch:
     def progress(done: int, total: int, images: int, loss: float) -> None:
         bench.progress(stage, done, total, images=images, loss=loss, seconds=clock.seconds())
 
+    def say(text: str) -> None:
+        bench.say(stage, text)
+
     folder: Path = bench.store.work(stage.identity)
-    return Watch(progress, folder / "checkpoint.safetensors", stage.local["checkpoint_every"])
+    return Watch(progress, say, folder / "checkpoint.safetensors", stage.local["checkpoint_every"])
 
 
 def run(stage: Stage, bench: Bench, learner: Learner, objective: Objective, task: tuple[Stream, Interval]) -> Log:
@@ -128,11 +132,7 @@ def _train(stage: Stage, bench: Bench) -> tuple[Learner, Log]:
     learner = Learner(network, training.model_dump(), course(job), spec["precision"], objective.adapters())
     if spec["start"] == "continue":
         learner.load(bench.store.read(stage.needs["start"][0], "state.safetensors"), resume=False)
-    try:
-        log = run(stage, bench, learner, objective, (stream, interval))
-    finally:
-        objective.close()
-    return learner, log
+    return learner, run(stage, bench, learner, objective, (stream, interval))
 
 
 def _teacher(stage: Stage, bench: Bench) -> Teacher | None:

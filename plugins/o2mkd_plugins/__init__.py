@@ -9,6 +9,7 @@ from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOpti
 from .metrics import options as metrics
 from .models.options import UNet2DOptions
 from .samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions, ProgressiveOptions
+from .trackers.options import JsonLinesOptions
 from .wrappers.options import O2MKDOptions, SingleOptions
 
 api = 1
@@ -163,4 +164,14 @@ def register_metrics(register: Register) -> None:
         network_id=metrics.network_id,
         check_images=metrics.check_images,
         higher_is_better=True,
+    )
+
+
+@hookimpl
+def register_trackers(register: Register) -> None:
+    register(
+        "jsonl",
+        "o2mkd_plugins.trackers.jsonl:JsonLines",
+        options=JsonLinesOptions,
+        summary="every event as a line of events.jsonl",
     )

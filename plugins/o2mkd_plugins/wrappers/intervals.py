@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
-from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.core.errors import PluginError, UserError
 from o2mkd_bench.core.intervals import Interval, cover
 from o2mkd_bench.core.jobs import Lift
 from o2mkd_bench.core.schedule import NoiseSchedule
@@ -32,17 +34,25 @@ def resolve(option: IntervalsOption, students: int, lift: Lift) -> tuple[Interva
     """The exact cover that an ``intervals`` option means.
 
     Raises:
-        UserError: for a wrong number of edges, or edges that are no cover; K and the edges are named.
+        UserError: for a wrong number of edges, or edges that are no cover; K and the edges are named. PluginError for
+            a rule that is not known, fails, or gives something else than whole numbers.
     """
-    if isinstance(option, str):
-        edges = lift.interval_rule(option)(students, lift.schedule)
-    else:
-        edges = list(option)
-        if len(edges) != students - 1:
-            raise UserError(
-                f"{lift.where}.intervals: {students} students need {students - 1} inner edges, {edges} are {len(edges)}"
-            )
+    edges = _by_rule(option, students, lift) if isinstance(option, str) else list(option)
+    if len(edges) != students - 1:
+        raise UserError(
+            f"{lift.where}.intervals: {students} students need {students - 1} inner edges, {edges} are {len(edges)}"
+        )
     try:
         return cover(edges, lift.schedule.timesteps)
     except UserError as error:
         raise UserError(f"{lift.where}.intervals: {error}") from None
+
+
+def _by_rule(name: str, students: int, lift: Lift) -> list[int]:
+    where = f"{lift.where}.intervals"
+    try:
+        return [operator.index(edge) for edge in lift.interval_rule(name)(students, lift.schedule)]
+    except UserError as error:
+        raise PluginError(f"{where}: {error}") from None
+    except Exception as error:
+        raise PluginError(f"{where}: the rule {name!r} failed: {type(error).__name__}: {error}") from error

@@ -17,7 +17,8 @@ class O2MKD(Wrapper):
     """A job on [0, T) becomes an optional shared warm-up and K experts that start from it.
 
     ``docs/semantics.md`` says what each option means for batch, steps and images; with one student the chain of
-    warm-up and expert is, bit for bit on the CPU, the job that came in.
+    warm-up and expert is, bit for bit on the CPU, the job that came in. Steps are rounded down, so that no job sees
+    more images than its budget.
     """
 
     lifts = True
@@ -26,10 +27,11 @@ class O2MKD(Wrapper):
     def wrap(self, job: Job, lift: Lift) -> tuple[Job, ...]:
         o = self.options
         timesteps = lift.schedule.timesteps
-        if job.trains.width != timesteps or job.start != "scratch":
+        whole = Interval(0, timesteps)
+        if (job.trains, job.serves, job.start) != (whole, whole, "scratch"):
             raise UserError(
-                f"{lift.where}: O2MKD lifts one student that learns all timesteps from scratch; "
-                "this job is already lifted, so remove one of the wrappers"
+                f"{lift.where}: O2MKD of O2MKD is not possible, as it lifts one student that learns all timesteps from "
+                f"scratch and {job.role} is already lifted; remove one of the wrappers"
             )
         serves = resolve(o.intervals, o.students, lift)
         trains = [i.widened(o.overlap, timesteps) for i in serves]

@@ -31,7 +31,8 @@ class O2MKDOptions(Options):
     students: int = Field(2, ge=1, description="K, the number of students")
     intervals: IntervalsOption = Field("uniform", description="an interval rule by name, or the K - 1 inner edges")
     init: Literal["shared", "teacher", "scratch"] = Field(
-        "shared", description="shared: one student on all timesteps for `warmup` of the budget, then K copies specialise"
+        "shared",
+        description="shared: one student on all timesteps for `warmup` of the budget, then K copies specialise",
     )
     warmup: float = Field(0.3, ge=0, lt=1, description="share of the budget of the shared start")
     overlap: float = Field(0.0, ge=0, le=1, description="an expert also trains on this share of its width on each side")

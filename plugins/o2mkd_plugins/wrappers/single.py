@@ -20,7 +20,9 @@ class Single(Wrapper):
     def wrap(self, job: Job, lift: Lift) -> tuple[Job, ...]:
         steps = round(job.steps * self.options.scale)
         if steps < 1:
-            raise UserError(f"{lift.where}.scale: {self.options.scale} of {job.steps} steps is no step; use a larger scale")
+            raise UserError(
+                f"{lift.where}.scale: {self.options.scale} of {job.steps} steps is no step; use a larger scale"
+            )
         law = job.law
         if self.options.intervals is not None:
             law = Law.equal(resolve(self.options.intervals, self.options.students, lift))

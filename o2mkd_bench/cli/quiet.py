@@ -1,0 +1,22 @@
+"""Warnings of the libraries below us say nothing that a user of a suite could mend."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def quiet() -> None:
+    """Silence other packages' warnings, unless ``-W`` or ``PYTHONWARNINGS`` asks for them; keep those of plugins.
+
+    Call it before torch is imported: some warnings are given on import.
+    """
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module="o2mkd_")
+    for package in ("torch", "diffusers", "timm", "huggingface_hub"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,0 +1,125 @@
+"""What a run has left, shown once more, and two of them side by side."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, width
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RESULTS = "results.json"
+
+
+class Format(StrEnum):
+    """How a report is printed."""
+
+    table = "table"
+    csv = "csv"
+    md = "md"
+    latex = "latex"
+    json = "json"
+
+
+def report(
+    what: Annotated[
+        Path, typer.Argument(metavar="SUITE|DIR", help="A suite, or the folder of its results.", show_default=False)
+    ],
+    format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.table,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write tables and pictures there.", show_default=False)
+    ] = None,
+    set_: Sets = None,
+    only: Only = None,
+    seed: Seed = None,
+    device: Device = None,
+    store: StoreDir = None,
+) -> None:
+    """Print the tables again: of a folder as they are, of a suite anew from the store.
+
+    Example: `o2mkd-bench report results/quickstart --format latex`
+    """
+    from ..core.errors import UserError
+
+    if what.is_dir() or what.suffix == ".json":
+        if any(given is not None for given in (set_, only, seed, device, store)):
+            raise UserError(
+                f"{what} is a folder of results; --set, --only, --seed, --device and --store go with a suite"
+            )
+        document = read_results(what)
+        if out is not None:
+            from ..report.write import write
+
+            write(document, out)
+    else:
+        from ..runner import report as assemble
+        from ..runner import results_folder
+
+        session = open_session(what, store, sets=set_, only=only, seed=seed, device=device)
+        results = assemble(session, out or results_folder(session.suite))
+        document = dict(results.document)
+        print(f"results in {results.out}", file=sys.stderr)
+    sys.stdout.write(render(document, format))
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of results.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Compare two results, cell by cell: scores, their differences, and the ratio of speeds.
+
+    Example: `o2mkd-bench compare results/before results/after`
+    """
+    from ..report.compare import compare as side_by_side
+
+    found = side_by_side(read_results(a), read_results(b), (str(a), str(b)))
+    sys.stdout.write(found.as_json() if json else found.markdown())
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The document of a folder of results, or of the ``results.json`` in it.
+
+    Raises:
+        UserError: when it is neither.
+    """
+    from ..report.write import read
+
+    return read(path.parent if path.name == RESULTS else path)
+
+
+def render(document: Mapping[str, Any], format: Format) -> str:
+    """The tables as text.
+
+    Raises:
+        UserError: when the results mix protocols in one column.
+    """
+    from ..report import tables
+
+    match format:
+        case Format.csv:
+            from ..report.frame import frame
+
+            return str(frame(document).to_csv(index=False, lineterminator="\n"))
+        case Format.md:
+            return tables.markdown(document)
+        case Format.latex:
+            return tables.latex(document)
+        case Format.json:
+            return tables.as_json(document)
+        case Format.table:
+            return tables.terminal(document, width(), colour=coloured())
+
+
+def coloured() -> bool:
+    """Whether standard output is a terminal that wants colours."""
+    from rich.console import Console
+
+    seen = Console(file=sys.stdout)
+    return seen.is_terminal and not seen.no_color

@@ -1,0 +1,117 @@
+"""More images from a finished cell."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import Device, Seed, Sets, StoreDir, counted, open_session
+from .report import RESULTS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..core.plan import Cell, Plan
+
+
+def sample(
+    cell: Annotated[
+        str, typer.Argument(metavar="CELL", help="A cell as `plan` names it; its first digits do.", show_default=False)
+    ],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many images.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png|DIR", help="A grid; or a folder for it and each image.", show_default="CELL.png"
+        ),
+    ] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(metavar="SUITE", help="The cell's suite.", show_default="as results/*/results.json say"),
+    ] = None,
+    set_: Sets = None,
+    seed: Seed = None,
+    device: Device = None,
+    store: StoreDir = None,
+) -> None:
+    """Draw images with the trained students of a cell. Image i is the same in every run.
+
+    Example: `o2mkd-bench sample 3fa9c1d2 --n 64 --out digits.png`
+    """
+    from ..core.errors import UserError
+    from .quiet import quiet
+
+    session = open_session(suite or find_suite(cell), store, sets=set_, seed=seed, device=device)
+    chosen = choose(session.plan, cell)
+    stage = session.plan.stages[chosen.samples]
+    for name in stage.needs["students"]:
+        if not session.store.has(name):
+            label = session.plan.stages[name].label
+            raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.root}; run its suite first")
+    quiet()
+    from ..core.events import Event
+    from ..stages.bench import Bench
+    from ..stages.samples import draw
+    from .progress import display
+
+    with display(sys.stderr) as progress:
+        progress(Event("plan", data={"stages": 1, "reused": 0}))
+        progress(Event("start", stage.identity, chosen.describe()))
+        bench = Bench(session.store, session.machine.device, progress, session.registry)
+        images = draw(bench, stage.spec, stage.needs["students"], range(n), stage).numpy()
+        progress(Event("done", stage.identity, chosen.describe()))
+    print(f"{counted(n, 'image')} in {save(images, out or Path(f'{chosen.identity[:8]}.png'))}")
+
+
+def find_suite(cell: str) -> Path:
+    """The suite that the results below the working directory name for ``cell``.
+
+    Raises:
+        UserError: when none of them has the cell, or its suite was no file.
+    """
+    from ..core.errors import UserError
+    from .report import read_results
+
+    for path in sorted(Path("results").glob(f"*/{RESULTS}")):
+        document = read_results(path)
+        if any(row["cell"].startswith(cell) for row in document["rows"] if row["cell"]) and document.get("suite_path"):
+            return Path(document["suite_path"])
+    raise UserError(f"no results/*/{RESULTS} here has a cell {cell}; name its suite with --suite")
+
+
+def choose(plan: Plan, cell: str) -> Cell:
+    """The one cell whose identity begins with ``cell``.
+
+    Raises:
+        UserError: when there is none, or more than one.
+    """
+    from ..core.errors import UserError
+
+    found = {each.identity: each for each in plan.cells if each.identity and each.identity.startswith(cell)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if len(found) > 1:
+        raise UserError(f"{cell} begins {len(found)} cells ({', '.join(sorted(found))}); write more of it")
+    raise UserError(
+        f"the suite has no cell {cell}; `o2mkd-bench plan SUITE` lists them, with the same --set and --seed"
+    )
+
+
+def save(images: NDArray[np.uint8], out: Path) -> Path:
+    """A grid as one PNG; where ``out`` is a folder, ``grid.png`` and one PNG an image in it."""
+    from ..report.plots import samples_grid
+
+    is_file = out.suffix.lower() == ".png"
+    (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+    samples_grid(images, out if is_file else out / "grid.png", 8)
+    if not is_file:
+        from PIL import Image
+
+        for number, image in enumerate(images):
+            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            Image.fromarray(pixels).save(out / f"{number:05d}.png")
+    return out

@@ -1,0 +1,237 @@
+"""What follows training: the stages that draw images, score them, time the drawing, and probe the error over t."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import PluginError, UserError
+from .grid import time_grid
+from .identity import identity
+from .plan import Cell, Plan, Stage, Trained
+from .program import Program
+from .schedule import NoiseSchedule
+from .suite import SamplerEntry, Suite, Use
+from .training import Draw, Source, TeacherSource, at, reference
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a speed reading depends on beside the plan: ``name`` is the model of the device."""
+
+    device: str
+    name: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Score stages of one feature network, less the images that are scored."""
+
+    spec: Mapping[str, Any]
+    needs: Mapping[str, tuple[str, ...]]
+    local: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Who is measured: trained networks, what they were made for, and the labels of the row.
+
+    ``labels`` need ``dataset``, ``student``, ``method``, ``wrapper``, ``seed``, ``weights``.
+    """
+
+    source: Source
+    teacher: TeacherSource
+    trained: Trained
+    labels: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        words = [str(self.labels[a]) for a in ("dataset", "student", "method", "wrapper") if self.labels[a]]
+        return " ".join(words if self.labels["student"] else [*words, "teacher"])
+
+
+class Measures:
+    """Adds the stages that measure to a plan."""
+
+    def __init__(self, suite: Suite, plan: Plan, machine: Machine) -> None:
+        self.suite = suite
+        self.plan = plan
+        self.machine = machine
+        self._scorings: dict[str, tuple[Scoring, ...]] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._architectures: dict[tuple[int, int], str] = {}
+
+    def cell(self, subject: Subject, draw: Draw, role: str, baseline_of: tuple[str, ...] = ()) -> Cell:
+        """The row of ``subject`` drawn by ``draw``, its stages added.
+
+        Raises:
+            UserError: when the sampler cannot run on this grid. PluginError when it declares another NFE than it has.
+        """
+        trained, schedule = subject.trained, subject.teacher.schedule
+        program = self._program(draw, trained.edges, schedule)
+        course = self._course(draw, trained, schedule)
+        name = f"{subject.name} {draw.entry.label} {draw.steps} {draw.weights} seed {subject.labels['seed']}"
+        drawn = {
+            **course,
+            "weights": draw.weights,
+            "images": self.suite.sampling.images,
+            "seed": subject.labels["seed"],
+            "shape": subject.source.shape,
+        }
+        local = {"batch": self.suite.sampling.batch}
+        samples = self.plan.add(Stage.make("samples", f"samples {name}", drawn, {"students": trained.students}, local))
+        scores = tuple(
+            self.plan.add(Stage.make("score", f"score {name}", s.spec, {**s.needs, "samples": (samples,)}, s.local))
+            for s in self._scoring(subject.source)
+        )
+        return Cell(
+            labels=subject.labels,
+            role=role,
+            identity=identity([samples, scores]),
+            samples=samples,
+            scores=scores,
+            speed=self._speed(subject, course, name),
+            probe=self._probe(subject, draw.weights),
+            nfe=program.nfe,
+            calls=tuple(program.calls(trained.edges, schedule.timesteps)),
+            trained=trained,
+            facts={"spacing": course["spacing"], "clip": course["clip"], "precision": course["precision"]},
+            baseline_of=baseline_of,
+        )
+
+    def references(self, source: Source) -> None:
+        """What the scores of noise and of held-out real images are, so that a reader can place the rows."""
+        for scoring in self._scoring(source):
+            for what in ("noise", "held-out real images"):
+                spec = {**scoring.spec, "source": what, "shape": source.shape}
+                label = f"score {source.use.label} {what}"
+                score = self.plan.add(Stage.make("score", label, spec, scoring.needs, scoring.local))
+                self.plan.references.append({"dataset": source.use.label, "what": what, "score": score})
+
+    def _course(self, draw: Draw, trained: Trained, schedule: NoiseSchedule) -> dict[str, Any]:
+        """What decides a solver program and who is called when."""
+        return {
+            "sampler": reference(draw.entry.use),
+            "steps": draw.steps,
+            "spacing": self._spacing(draw.entry),
+            "clip": self._clip(draw.entry),
+            "edges": list(trained.edges),
+            "timesteps": schedule.timesteps,
+            "precision": self.suite.precision,
+        }
+
+    def _spacing(self, entry: SamplerEntry) -> Any:
+        return entry.spacing or self.suite.sampling.spacing
+
+    def _clip(self, entry: SamplerEntry) -> Any:
+        return entry.clip or self.suite.sampling.clip
+
+    def _program(self, draw: Draw, edges: tuple[int, ...], schedule: NoiseSchedule) -> Program:
+        # the label names the sampler's entry, and the schedule lives as long as the teacher that has it
+        key = (draw.entry.label, draw.steps, edges, id(schedule))
+        if key not in self._programs:
+            self._programs[key] = self._checked(draw, edges, schedule)
+        return self._programs[key]
+
+    def _checked(self, draw: Draw, edges: tuple[int, ...], schedule: NoiseSchedule) -> Program:
+        where = at(self.suite, f"samplers.{draw.entry.label}")
+        try:
+            grid = time_grid(self._spacing(draw.entry), draw.steps, schedule.timesteps)
+            program = draw.sampler.program(schedule, grid, edges, self._clip(draw.entry))
+            declared = draw.sampler.nfe(draw.steps)
+        except UserError as error:
+            raise type(error)(f"{where}: {error}") from None
+        except Exception as error:
+            raise PluginError(f"{where}: the sampler failed: {type(error).__name__}: {error}") from error
+        if program.nfe != declared:
+            raise PluginError(
+                f"{where}: declares {declared} evaluations for {draw.steps} steps, its program has {program.nfe}; "
+                "correct the plugin"
+            )
+        return program
+
+    def _speed(self, subject: Subject, course: Mapping[str, Any], name: str) -> str:
+        if not self.suite.speed.enabled:
+            return ""
+        teacher, trained = subject.teacher, subject.trained
+        spec = {
+            **course,
+            "networks": [self._architecture(teacher, config) for config in trained.configs],
+            "batch": self.suite.speed.batch,
+            "repeats": self.suite.speed.repeats,
+            "shape": subject.source.shape,
+            "device": self.machine.name,
+            "versions": self.machine.versions,
+            "compile": "off",
+        }
+        local = {"networks": [teacher.network(config, trained.prediction) for config in trained.configs]}
+        return self.plan.add(Stage.make("speed", f"speed {name}", spec, local=local))
+
+    def _architecture(self, teacher: TeacherSource, config: Mapping[str, Any]) -> str:
+        # all rows of a student hold one and the same config, which lives as long as the plan
+        key = (id(teacher), id(config))
+        if key not in self._architectures:
+            self._architectures[key] = identity([teacher.family.key, teacher.family.version, config])
+        return self._architectures[key]
+
+    def _probe(self, subject: Subject, weights: str) -> str:
+        trained = subject.trained
+        # what a round trains is asked for at the entries of one grid only, so that a curve over t says nothing of it
+        if not self.suite.probe.enabled or not trained.jobs or trained.rounds:
+            return ""
+        spec = {
+            "points": self.suite.probe.points,
+            "images": self.suite.probe.images,
+            "edges": list(trained.edges),
+            "weights": weights,
+            "precision": self.suite.precision,
+        }
+        needs = {
+            "data": (subject.source.stage,),
+            "teacher": (subject.teacher.stage,),
+            "students": trained.students,
+        }
+        return self.plan.add(Stage.make("probe", f"probe {subject.name} seed {subject.labels['seed']}", spec, needs))
+
+    def _scoring(self, source: Source) -> tuple[Scoring, ...]:
+        """How images of one dataset are scored, one entry a feature network."""
+        if source.stage not in self._scorings:
+            networks: dict[str, tuple[dict[str, Any], list[Use]]] = {}
+            for use in self.suite.metrics:
+                network = self._network(use, source)
+                networks.setdefault(identity(network), (network, []))[1].append(use)
+            self._scorings[source.stage] = tuple(
+                self._with(network, uses, source) for network, uses in networks.values()
+            )
+        return self._scorings[source.stage]
+
+    def _with(self, network: dict[str, Any], uses: list[Use], source: Source) -> Scoring:
+        local = {
+            "dataset": source.use.name,
+            "options": [u.options.model_dump(mode="json") for u in uses],
+            "base": str(self.suite.base),
+        }
+        basis = {"network": network, "metrics": [reference(u) for u in uses]}
+        label = f"reference {source.use.label} {network['network']}"
+        known = self.plan.add(Stage.make("reference", label, basis, {"data": (source.stage,)}, local))
+        spec = {**basis, "images": self.suite.sampling.images}
+        return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local)
+
+    def _network(self, use: Use, source: Source) -> dict[str, Any]:
+        """The feature network of a metric, its number of images checked."""
+        traits = use.plugin.traits
+        absent = [name for name in ("columns", "higher_is_better", "network_id") if name not in traits]
+        if absent:
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: plugin metrics:{use.plugin.key} declares no {' and no '.join(absent)}; "
+                "every metric does, see o2mkd_bench.core.hookspecs"
+            )
+        try:
+            if "check_images" in traits:
+                traits["check_images"](use.options, source.use.name, self.suite.sampling.images)
+            network: dict[str, Any] = traits["network_id"](use.options, source.use.name, self.suite.base)
+        except UserError as error:
+            raise type(error)(at(self.suite, str(error))) from None
+        return network

@@ -1,0 +1,28 @@
+"""Contracts of plugins as test classes: subclass the one of your kind, name your plugin, and run pytest.
+
+    from o2mkd_bench.testing import KDMethodContract
+
+    class TestHuber(KDMethodContract):
+        name = "huber"
+        options = {"delta": 0.05}
+
+The plugin must be installed, since the tests find it as a suite does: by its entry point. Options that matter get a
+class each. Needs pytest, which nothing else of this package imports.
+"""
+
+from .contract import Contract
+from .data import DatasetContract
+from .kd import KDMethodContract
+from .metrics import MetricContract
+from .plans import IntervalRuleContract, WrapperContract
+from .samplers import SamplerContract
+
+__all__ = [
+    "Contract",
+    "DatasetContract",
+    "IntervalRuleContract",
+    "KDMethodContract",
+    "MetricContract",
+    "SamplerContract",
+    "WrapperContract",
+]

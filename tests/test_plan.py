@@ -1,0 +1,554 @@
+"""From a suite to its plan: which cells there are, which stages they share, and what an identity depends on."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import o2mkd_plugins
+import pytest
+from o2mkd_plugins.models.options import UNet2DOptions
+from o2mkd_plugins.models.unet2d import UNet2D
+from o2mkd_plugins.samplers.ddim import DDIM
+from o2mkd_plugins.samplers.options import DDIMOptions
+from safetensors.numpy import save_file
+
+from o2mkd_bench import Options, UserError, Wrapper, hookimpl
+from o2mkd_bench.core.build import Machine, build
+from o2mkd_bench.core.errors import PluginError
+from o2mkd_bench.core.plugins import BUILTIN, Registry
+from o2mkd_bench.core.session import selection
+from o2mkd_bench.core.suite import from_mapping, load
+
+MACHINE = Machine("cpu", "some cpu", {"torch": "2"})
+UNET = {"unet2d": {"block_out_channels": [8, 16], "norm_num_groups": 4}}
+SUITE = {
+    "name": "toy",
+    "datasets": ["digits"],
+    "teachers": [{"name": "t", "train": {"model": UNET, "images": 1024}}],
+    "students": [{"name": "half", "width": 0.5}],
+    "methods": ["output"],
+    "wrappers": ["single"],
+    "samplers": [{"ddim": {"steps": 4}}],
+    "metrics": [{"fid": {"network": "embedded"}}],
+    "budgets": [12800],
+    "training": {"batch": 64},
+    "sampling": {"images": 640},
+    "baselines": [],
+}
+LIFTED = {"wrappers": ["single", "o2mkd"], "baselines": ["equal_total", "per_student"]}
+
+
+class Wrong(DDIM):
+    def nfe(self, steps):
+        return steps + 1
+
+
+class Crash(DDIM):
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        raise ZeroDivisionError("oops")
+
+
+class Bad(Wrapper):
+    def wrap(self, job, lift):
+        raise KeyError("oops")
+
+
+class Twins(Wrapper):
+    """An expert of another width than the job that it continues."""
+
+    def wrap(self, job, lift):
+        wide = replace(job, role="wide", serves=None, student={"width": 1.0, "blocks": None, "config": None})
+        return wide, replace(job, role="expert-0", start="wide")
+
+
+def thirds(students, schedule):
+    return [schedule.timesteps * k // 3 for k in (1, 2)]
+
+
+def huber(register):
+    register("huber", "x:y", options=Options)
+
+
+def acme():
+    def declare(kind, *declared):
+        def call(register):
+            for name, target, traits in declared:
+                register(name, f"{__name__}:{target}", **traits)
+
+        return hookimpl(call, specname=f"register_{kind}")
+
+    metric = {"columns": lambda *_: ("q",), "higher_is_better": True}
+    return SimpleNamespace(
+        api=1,
+        kd=declare("kd_methods", ("huber", "Wrong", {})),
+        samplers=declare("samplers", ("wrong", "Wrong", {"options": DDIMOptions}), ("crash", "Crash", {})),
+        wrappers=declare("wrappers", ("bad", "Bad", {}), ("twins", "Twins", {})),
+        intervals=declare("intervals", ("thirds", "thirds", {})),
+        metrics=declare("metrics", ("half", "Wrong", metric)),
+    )
+
+
+@pytest.fixture(scope="module")
+def registry():
+    found = Registry()
+    found.add(o2mkd_plugins, BUILTIN, "1", "o2mkd_plugins")
+    found.add(acme(), "acme", "1", "acme")
+    found.add(SimpleNamespace(api=1, kd=hookimpl(huber, specname="register_kd_methods")), "other", "1", "other")
+    assert not found.broken
+    return found
+
+
+@pytest.fixture
+def plan(registry, tmp_path):
+    def make(*only, machine=MACHINE, locate=lambda repo, revision: None, base=tmp_path, **changes):
+        suite = from_mapping({**deepcopy(SUITE), **changes}, base, registry)
+        return build(suite, machine, locate, [selection(text) for text in only], registry)
+
+    return make
+
+
+def stages(plan, *kinds):
+    return {name for name, stage in plan.stages.items() if stage.kind in kinds}
+
+
+def rows(plan, role="student"):
+    return [cell for cell in plan.cells if cell.role == role]
+
+
+TRAINED = ("data", "teacher", "state", "student", "round")
+
+
+# what is shared
+
+
+def test_a_plan_in_order_each_stage_once(plan):
+    found = plan(seeds=[0, 1], samplers=[{"ddim": {"steps": [4, 8]}}, {"ddpm": {"steps": 4}}])
+    kinds = [stage.kind for stage in found.stages.values()]
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    # a speed reading serves both seeds; the teacher's rows are drawn too
+    assert counts == {
+        "data": 1,
+        "teacher": 1,
+        "student": 2,
+        "reference": 1,
+        "samples": 12,
+        "score": 14,
+        "speed": 6,
+        "probe": 2,
+    }
+    seen = set()
+    for name, stage in found.stages.items():
+        assert set(stage.inputs()) <= seen
+        seen.add(name)
+    assert set(found.closure([found.cells[0].samples])) == {*stages(found, "data", "teacher"), found.cells[0].samples}
+
+
+def test_rows_of_the_teacher_and_of_the_references(plan):
+    found = plan(seeds=[0, 1], methods=["output", "feature"], samplers=[{"ddim": {"steps": [4, 8]}}])
+    teachers = rows(found, "teacher")
+    assert [(c.labels["steps"], c.labels["seed"]) for c in teachers] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert {(c.labels["student"], c.labels["method"], c.labels["budget"], c.probe) for c in teachers} == {("",) * 4}
+    assert teachers[0].describe() == "digits / t / ddim / 4 / ema / 0"
+    assert [(r["dataset"], r["what"]) for r in found.references] == [
+        ("digits", "noise"),
+        ("digits", "held-out real images"),
+    ]
+
+
+def test_the_loss_without_a_teacher_does_not_depend_on_it(plan):
+    wider = {**UNET["unet2d"], "block_out_channels": [8, 16]}
+    other = [{"name": "t", "train": {"model": {"unet2d": wider}, "images": 2048}}]
+    for method, same in (("none", True), ("output", False)):
+        one, two = plan(methods=[method]), plan(methods=[method], teachers=other)
+        assert stages(one, "teacher") != stages(two, "teacher")
+        assert (stages(one, "student") == stages(two, "student")) is same
+    start = {"wrappers": [{"o2mkd": {"init": "teacher"}}], "students": [{"name": "same"}], "methods": ["none"]}
+    assert stages(plan(**start), "student").isdisjoint(stages(plan(teachers=other, **start), "student"))
+
+
+def test_cells_that_mean_the_same_are_one(plan):
+    twins = [{"ddim": {"steps": 4}}, {"ddim": {"steps": 4, "eta": 0.0}, "label": "again"}]
+    assert [c.labels["sampler"] for c in rows(plan(samplers=twins))] == ["ddim"]
+    chain = [{"o2mkd": {"students": 1, "warmup": 0}}, "single"]
+    assert len(rows(plan(wrappers=chain))) == 1
+
+
+def test_experts_of_different_k_share_their_warm_up(plan):
+    wrappers = [{"o2mkd": {"students": 2}}, {"o2mkd": {"students": 4}}]
+    found = plan(wrappers=wrappers)
+    assert len(stages(found, "state")) == 1
+    assert len(stages(found, "student")) == 6
+
+
+# what an identity depends on
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"samplers": [{"dpm_solver": {"steps": [4, 8]}}]},
+        {"sampling": {"images": 700, "spacing": "leading", "clip": "none"}},
+        {"metrics": [{"kid": {"network": "embedded", "subset_size": 100}}]},
+        {"speed": {"batch": 7}},
+        {"probe": {"points": 3}},
+        {"name": "other", "description": "words"},
+        {"students": [{"name": "another name", "width": 0.5}]},
+    ],
+)
+def test_what_follows_training_changes_no_training(plan, change):
+    assert stages(plan(**change), *TRAINED) == stages(plan(), *TRAINED)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budgets": [6400]},
+        {"training": {"batch": 64, "lr": 1e-3}},
+        {"training": {"batch": 32}},
+        {"seeds": [1]},
+        {"precision": "bf16"},
+        {"store_dtype": "fp16"},
+        {"students": [{"name": "half", "width": 0.5, "prediction": "sample"}]},
+        {"students": [{"name": "half", "width": 0.5, "training": {"ema": 0.1}}]},
+        {"students": [{"name": "half", "width": 0.5, "blocks": 2}]},
+        {"methods": [{"output": {"weight": 2}}]},
+        {"wrappers": [{"single": {"scale": 2}}]},
+    ],
+)
+def test_what_decides_a_student_changes_it(plan, change):
+    assert stages(plan(**change), "student").isdisjoint(stages(plan(), "student"))
+
+
+def test_where_and_how_does_not_change_what(plan, tmp_path):
+    changes = {
+        "device": "cuda:3",
+        "sampling": {"images": 640, "batch": 17},
+        "checkpoint_every": 1,
+        "training": {"batch": 64.0, "lr": 2e-4},
+        "datasets": [{"digits": {}, "label": "digits"}],
+    }
+    other = plan(base=tmp_path / "elsewhere", **changes)
+    assert other.stages.keys() == plan().stages.keys()
+    assert {s.local["checkpoint_every"] for s in other.stages.values() if s.kind == "student"} == {1.0}
+
+
+def test_a_new_version_of_a_plugin_makes_its_artifacts_anew(plan, registry, monkeypatch):
+    before = plan()
+    newer = replace(registry.get("kd_methods", "output"), version="9")
+    monkeypatch.setitem(registry._plugins, ("kd_methods", "output"), [newer])
+    after = plan()
+    assert stages(after, "student").isdisjoint(stages(before, "student"))
+    assert stages(after, "data", "teacher") == stages(before, "data", "teacher")
+
+
+def test_speed_is_of_the_architecture_and_the_machine_not_of_the_weights(plan):
+    found = plan(methods=["none", "output"], seeds=[0, 1], sampling={"images": 640, "weights": ["ema", "raw"]})
+    assert len({c.speed for c in rows(found)}) == 1
+    assert {c.speed for c in rows(found, "teacher")}.isdisjoint(c.speed for c in rows(found))
+    other = plan(machine=Machine("cuda:0", "H200", {"torch": "2"}))
+    assert stages(other, "speed").isdisjoint(stages(found, "speed"))
+    assert stages(other, "samples") <= stages(found, "samples")
+    assert stages(plan(students=[{"name": "s", "width": 1.5}]), "speed") != stages(plan(), "speed")
+
+
+def test_speed_and_probe_can_be_left_out(plan):
+    found = plan(speed={"enabled": False}, probe={"enabled": False})
+    assert not stages(found, "speed", "probe")
+
+
+def test_methods_of_one_name_from_two_distributions_are_two(plan):
+    found = plan(methods=["acme:huber", "other:huber"])
+    assert len(stages(found, "student")) == 2
+    names = {s.spec["methods"][0]["name"] for s in found.stages.values() if s.kind == "student"}
+    assert names == {"acme:huber", "other:huber"}
+
+
+# baselines
+
+
+def test_baselines_stand_beside_what_is_lifted_and_join_the_plain_student_where_they_are_it(plan):
+    found = plan(**LIFTED)
+    assert [(c.role, c.labels["wrapper"], c.baseline_of) for c in found.cells if c.role != "teacher"] == [
+        ("student", "single", ("equal_total of o2mkd",)),
+        ("student", "o2mkd", ()),
+        ("baseline", "single (per student of o2mkd)", ("per_student of o2mkd",)),
+    ]
+    (_, lifted, each) = (c.trained for c in found.cells if c.role != "teacher")
+    assert sum(j.images for j in lifted.jobs) == 12800
+    assert [j.steps for j in each.jobs] == [60 + 70]
+
+
+def test_the_plain_student_keeps_its_name_wherever_it_stands(plan):
+    found = plan(wrappers=["o2mkd", "single"], baselines=["equal_total"])
+    assert {(c.role, c.labels["wrapper"], c.baseline_of) for c in found.cells if c.role != "teacher"} == {
+        ("student", "single", ("equal_total of o2mkd",)),
+        ("student", "o2mkd", ()),
+    }
+
+
+def test_one_baseline_serves_several(plan):
+    found = plan(wrappers=["o2mkd", {"o2mkd": {"students": 4}}], baselines=["equal_total"])
+    (baseline,) = rows(found, "baseline")
+    assert baseline.baseline_of == ("equal_total of o2mkd", "equal_total of o2mkd(students=4)")
+
+
+def test_the_equal_total_baseline_sees_the_exact_total(plan):
+    wrapper = {"o2mkd": {"students": 2, "budget": "per_student"}}
+    found = plan(wrappers=[wrapper], baselines=["equal_total"])
+    (lifted,), (baseline,) = rows(found), rows(found, "baseline")
+    assert sum(j.images for j in lifted.trained.jobs) == sum(j.images for j in baseline.trained.jobs) == 340 * 64
+
+
+def test_a_wrapper_that_lifts_nothing_has_no_baselines(plan):
+    assert not rows(plan(wrappers=[{"single": {"scale": 2}}], baselines=["equal_total"]), "baseline")
+
+
+# include, exclude, only
+
+
+def test_baselines_go_where_their_parent_goes(plan):
+    wrappers = [
+        "single",
+        {"o2mkd": {"students": 2}},
+        {"o2mkd": {"students": 4, "budget": "per_student"}, "label": "four"},
+    ]
+    found = plan(wrappers=wrappers, baselines=["per_student"], include=[{"wrapper": "o2mkd"}])
+    assert [c.labels["wrapper"] for c in found.cells if c.role != "teacher"] == [
+        "o2mkd",
+        "single (per student of o2mkd)",
+    ]
+    only = plan("wrapper=four", wrappers=wrappers, baselines=["equal_total"])
+    assert [c.labels["wrapper"] for c in only.cells if c.role != "teacher"] == ["four", "single (total of four)"]
+
+
+def test_exclude_and_only_leave_cells_and_their_stages_out(plan):
+    both = {"samplers": [{"ddim": {"steps": [4, 8]}}, {"ddpm": {"steps": 4}}], "methods": ["output", "none"]}
+    found = plan("sampler=ddim", **both, exclude=[{"steps": 8, "method": "output"}])
+    assert [(c.labels["method"], c.labels["steps"]) for c in rows(found)] == [("output", 4), ("none", 4), ("none", 8)]
+    assert len(stages(plan("method=none", **both), "student")) == 1
+    several = plan("steps=4,16", "sampler=dd?m", **both)
+    assert {c.labels["sampler"] for c in several.cells} == {"ddim", "ddpm"}
+    assert {c.labels["steps"] for c in several.cells} == {4}
+
+
+def test_rows_of_the_teacher_follow_rules_about_what_they_have(plan):
+    def steps(**rules):
+        return [c.labels["steps"] for c in rows(plan(samplers=[{"ddim": {"steps": [4, 8]}}], **rules), "teacher")]
+
+    assert steps() == [4, 8]
+    assert steps(include=[{"method": "output"}]) == [4, 8]
+    assert steps(include=[{"method": "output", "steps": 8}]) == [8]
+    assert steps(exclude=[{"method": "output", "steps": 8}]) == [4, 8]
+    assert steps(exclude=[{"steps": 8}]) == [4]
+
+
+def test_a_plan_of_nothing_is_an_error(plan):
+    with pytest.raises(UserError, match="include: no cell is left after include, exclude and --only"):
+        plan("sampler=ddpm")
+
+
+def test_nothing_is_read_for_what_is_left_out(plan):
+    folders = [{"image_folder": {"root": "gone", "size": 8}, "label": "folder"}, "digits"]
+    teachers = [{**SUITE["teachers"][0], "dataset": "digits"}]
+    teachers += [{"name": "broken", "dataset": "digits", "path": "gone"}]
+    teachers += [{**SUITE["teachers"][0], "name": "f", "dataset": "folder"}]
+    changes = {"datasets": folders, "teachers": teachers, "methods": ["output", "none"]}
+    found = plan("dataset=digits", "teacher=t", **changes)
+    assert {r["dataset"] for r in found.references} == {"digits"}
+    # also a budget that is too small for what is left out
+    tiny = plan("wrapper=single", wrappers=["single", {"o2mkd": {"students": 40}}], budgets=[64])
+    assert len(rows(tiny)) == 1
+
+
+# teachers from elsewhere
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A diffusers folder whose weights nobody loads at plan time."""
+    monkeypatch.setenv("O2MKD_BENCH_CACHE", str(tmp_path / "cache"))
+
+    def write(channels=1, size=8, value=0.0):
+        options = UNet2DOptions(block_out_channels=(8, 16), norm_num_groups=4)
+        folder = tmp_path / f"{channels}-{size}-{value}"
+        folder.mkdir()
+        config = UNet2D().teacher_config(options, channels, size)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}', encoding="utf-8")
+        save_file({"w": np.full(3, value)}, folder / "diffusion_pytorch_model.safetensors")
+        return folder
+
+    return write
+
+
+def path_teacher(folder):
+    return [{"name": "p", "path": str(folder)}]
+
+
+def test_a_checkpoint_is_its_content_and_not_its_place(plan, checkpoint):
+    one, two = checkpoint(), checkpoint(value=1.0)
+    found, other = plan(teachers=path_teacher(one)), plan(teachers=path_teacher(two))
+    assert stages(found, "teacher") != stages(other, "teacher")
+    moved = one.rename(one.parent / "moved")
+    assert stages(plan(teachers=path_teacher(moved)), "teacher") == stages(found, "teacher")
+    assert rows(found)[0].trained.prediction == "v_prediction"
+
+
+def test_a_teacher_of_another_shape_is_refused(plan, checkpoint):
+    with pytest.raises(
+        UserError, match=r"^teachers\.p: the teacher draws 3 x 32 x 32 images, dataset digits has 1 x 8"
+    ):
+        plan(teachers=path_teacher(checkpoint(3, 32)))
+
+
+def test_a_teacher_of_the_hub_that_is_not_here_stops_nobody_else(plan, checkpoint):
+    teachers = [*SUITE["teachers"], {"name": "h", "hub": "google/ddpm"}]
+    found = plan(teachers=teachers, methods=["output", "none"], **{"seeds": [0, 1]})
+    unresolved = [c for c in found.cells if c.unresolved]
+    assert [(c.role, c.labels["method"], c.labels["seed"]) for c in unresolved] == [
+        ("teacher", "", 0),
+        ("teacher", "", 1),
+        ("student", "output", 0),
+        ("student", "output", 1),
+        ("student", "none", 0),
+        ("student", "none", 1),
+    ]
+    assert all("hub teacher google/ddpm is not on this machine" in c.unresolved for c in unresolved)
+    assert all(not c.stages() for c in unresolved)
+    assert {c.labels["teacher"] for c in found.cells if not c.unresolved} == {"t"}
+    assert not [c for c in plan("teacher=t", teachers=teachers).cells if c.unresolved]
+    asked = []
+    here = plan(teachers=teachers[1:], locate=lambda *what: asked.append(what) or checkpoint())
+    assert asked == [("google/ddpm", None)]
+    assert not [c for c in here.cells if c.unresolved]
+
+
+# rounds
+
+
+def progressive(steps, **options):
+    return [{"progressive": {"steps": steps, **options}}]
+
+
+def test_rounds_train_each_expert_on_the_entries_of_its_interval(plan):
+    wrappers = [{"o2mkd": {"students": 3, "intervals": [2, 500], "expert_batch": "full", "budget": "per_student"}}]
+    (cell,) = rows(plan(wrappers=wrappers, samplers=progressive(2, start=8)))
+    made = plan(wrappers=wrappers, samplers=progressive(2, start=8))
+    rounds = [s for s in made.stages.values() if s.kind == "round"]
+    # one conversion and two halvings; no entry of any grid lies in [0, 2)
+    assert [(s.spec["round"]["kind"], len(s.spec["round"]["grid"]), s.spec["before"]["own"]) for s in rounds] == [
+        ("convert", 8, 1),
+        ("convert", 8, 2),
+        ("halve", 4, 1),
+        ("halve", 4, 2),
+        ("halve", 2, 1),
+        ("halve", 2, 2),
+    ]
+    assert [s.spec["entries"] for s in rounds] == [[0, 4], [4, 8], [0, 2], [2, 4], [0, 1], [1, 2]]
+    kept = made.stages[cell.trained.students[0]]
+    assert (kept.kind, kept.spec["job"]["trains"]) == ("student", [0, 2])
+    assert [made.stages[s].kind for s in cell.trained.students[1:]] == ["round", "round"]
+    assert all(set(s.needs["before"]) <= made.stages.keys() for s in rounds)
+    assert rounds[2].needs["before"][1:] == (rounds[0].identity, rounds[1].identity)
+    assert cell.trained.prediction == "v_prediction"
+    assert cell.trained.rounds_images == 3 * (12800 // 4 // 64) * 64
+    assert cell.calls == (0, 1, 1)
+    assert not cell.probe
+
+
+def test_a_student_that_predicts_v_is_not_converted(plan):
+    found = plan(
+        students=[{"name": "half", "width": 0.5, "prediction": "v_prediction"}], samplers=progressive(4, start=8)
+    )
+    assert [s.spec["round"]["kind"] for s in found.stages.values() if s.kind == "round"] == ["halve"]
+    assert not rows(found, "teacher")
+
+
+def test_rounds_that_cannot_be_are_refused(plan):
+    with pytest.raises(UserError, match=r"^samplers\.progressive\(start=6\): .*cannot halve start: 6 down to 4"):
+        plan(samplers=progressive(4, start=6))
+    with pytest.raises(
+        UserError, match=r"^samplers\.progressive.*: 0\.001 of 12800 images is less than one batch of 64"
+    ):
+        plan(samplers=progressive(4, start=8, share=0.001))
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"samplers": [{"wrong": {"steps": 4}}]}, PluginError, r"samplers\.wrong: declares 5 evaluations for 4 steps"),
+        ({"samplers": [{"crash": {"steps": 4}}]}, PluginError, r"samplers\.crash: the sampler failed: ZeroDivision"),
+        ({"samplers": [{"ddim": {"steps": 2000}}]}, UserError, r"samplers\.ddim: 2000 sampling steps do not fit"),
+        ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrapper acme:bad failed: KeyError"),
+        ({"wrappers": ["twins"]}, UserError, r"students\.half: .*cannot start from the weights of wide"),
+        (
+            {"wrappers": [{"o2mkd": {"init": "teacher"}}]},
+            UserError,
+            r"students\.half: wrappers\.o2mkd\(init=teacher\)\.init: .*another shape.*weights of teacher; use init",
+        ),
+        (
+            {"wrappers": [{"o2mkd": {"intervals": "unifrom"}}]},
+            PluginError,
+            r"wrappers\.o2mkd\(intervals=unifrom\)\.intervals: no intervals plugin .*did you mean 'uniform'",
+        ),
+        ({"wrappers": [{"o2mkd": {"intervals": [0]}}]}, UserError, r"\.intervals: 2 intervals with inner edges \[0\]"),
+        ({"budgets": [63]}, UserError, r"budgets: 63 images are less than one batch of 64"),
+        ({"sampling": {"images": 10}}, UserError, r"sampling\.images"),
+        ({"metrics": ["half"]}, PluginError, r"metrics: plugin metrics:acme:half declares no network_id"),
+        ({"datasets": [{"image_folder": {"root": "gone", "size": 8}}]}, UserError, r"datasets\.image_folder.*gone"),
+        (
+            {"teachers": [{"name": "t", "train": {"model": UNET, "images": 3}}]},
+            UserError,
+            r"teachers\.t\.train\.images: 3 images are less than one batch of 64",
+        ),
+        (
+            {"teachers": [{"name": "t", "train": {"model": {"unet2d": {"attention": [5]}}, "images": 3000}}]},
+            UserError,
+            r"teachers\.t\.train\.model: attention: no level has resolution 5",
+        ),
+    ],
+)
+def test_errors_begin_with_file_and_key(registry, tmp_path, changes, error, message):
+    file = tmp_path / "suite.yaml"
+    file.write_text(json.dumps({**SUITE, **changes}), encoding="utf-8")
+    with pytest.raises(error, match=rf"^{file}: .*{message}") as caught:
+        build(load(file, registry=registry), MACHINE, lambda *_: None, registry=registry)
+    assert str(caught.value).count(str(file)) == 1
+
+
+def test_a_rule_of_a_plugin_places_the_edges(plan):
+    (cell,) = rows(plan(wrappers=[{"o2mkd": {"students": 3, "intervals": "thirds"}}]))
+    assert cell.trained.edges == (333, 666)
+    assert cell.calls == (1, 1, 2)
+
+
+# size
+
+
+def test_ten_thousand_cells_share_their_training(plan):
+    found = plan(
+        students=[{"name": f"s{i}", "width": 0.5 + i / 2} for i in range(5)],
+        methods=["none", "output", "feature", "relation", {"output": {"weight": 0.5}, "label": "half"}],
+        wrappers=["single", *({"o2mkd": {"students": k}} for k in (2, 3, 4))],
+        seeds=[0, 1, 2, 3, 4],
+        samplers=[
+            {name: {"steps": [5, 8, 10, 15, 20], **options}, "label": str(i)}
+            for i, (name, options) in enumerate(
+                [("ddim", {}), ("ddim", {"eta": 1.0}), ("dpm_solver", {}), ("dpm_solver", {"order": 3})]
+            )
+        ],
+    )
+    assert len(rows(found)) == 10_000
+    assert len({c.identity for c in found.cells}) == len(found.cells)
+    # 5 students, 5 methods and 5 seeds: one warm-up for all K, then 1 + 2 + 3 + 4 students
+    assert len(stages(found, "state")) == 125
+    assert len(stages(found, "student")) == 1250
+    # networks by width and number, programs by sampler and steps; the teacher of its own
+    assert len(stages(found, "speed")) == (5 * 4) * 20
