@@ -89,6 +89,6 @@ def test_survey_of_a_thousand_missing_cells(
 
 
 def test_help(benchmark: BenchmarkFixture) -> None:
-    command = [sys.executable, "-m", "o2mkd_bench.cli", "--help"]
+    command = [sys.executable, "-c", "from o2mkd_bench.cli import main; main()", "--help"]
     result = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, check=True), rounds=5)
     assert b"Usage" in result.stdout

@@ -177,6 +177,9 @@ class Walk:
         # columns that stay empty are no failure
         self._stopped = self._stopped or (self.fail_fast and category != UNAVAILABLE)
         self.bench.store.fail(stage.identity, stage.label, reason, category)
+        if category == "diverged":
+            # nothing can be resumed from there, not even after the plugin at fault is mended
+            self.bench.store.drop_work(stage.identity)
         self._say("failed", stage, {"reason": reason, "category": category})
 
     def _say(self, kind: Kind, stage: Stage | None = None, data: Mapping[str, object] | None = None) -> None:

@@ -43,6 +43,4 @@ def toy_run(tmp_path_factory, one_thread) -> ToyRun:
     folder = tmp_path_factory.mktemp("toy")
     events = Events()
     results = run(EVERYTHING, folder / "store", folder / "out", events)
-    return ToyRun(
-        EVERYTHING, session(EVERYTHING, folder / "store"), events, results, folder / "store", folder / "out"
-    )
+    return ToyRun(EVERYTHING, session(EVERYTHING, folder / "store"), events, results, folder / "store", folder / "out")

@@ -2,10 +2,16 @@
 
 # ruff: noqa: RUF012 - a contract's attributes are never changed
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from o2mkd_bench.core.plugins import BUILTIN, registry
+import pytest
+
+from o2mkd_bench import KDMethod, Line, NoiseSchedule, Program, Sampler, Wrapper, hookimpl
+from o2mkd_bench.core.intervals import cover
+from o2mkd_bench.core.plugins import BUILTIN, Registry, registry
 from o2mkd_bench.testing import (
     Contract,
     DatasetContract,
@@ -172,3 +178,126 @@ def test_nothing_else_imports_the_contracts():
     using = [f for f in sources if re.search(r"^\s*(from|import) .*(\btesting\b|\bpytest\b)", f.read_text(), re.M)]
     assert using
     assert {f.relative_to(root).parts[:2] for f in using} == {("o2mkd_bench", "testing")}
+
+
+# --- what a contract must not let through
+
+
+class Forgetful(KDMethod):
+    """Keeps a running mean outside its adapters, which an expert that continues a warm-up does not get."""
+
+    seen = 0.0
+
+    def weights(self):
+        return {"output": 1.0}
+
+    def terms(self, ctx):
+        error = (ctx.student - ctx.teacher).square().mean()
+        self.seen = 0.5 * self.seen + 0.5 * float(error.detach())
+        return {"output": error / self.seen}
+
+
+class Spread(KDMethod):
+    """A sample standard deviation, which one sample has not; in place, on what others see too."""
+
+    def weights(self):
+        return {"spread": 1.0}
+
+    def terms(self, ctx):
+        return {
+            "spread": ctx.teacher.sub_(ctx.student.detach()).std(0).mean() + (ctx.student - ctx.teacher).std(0).mean()
+        }
+
+
+class Hasty(Sampler):
+    """Overshoots, and makes one evaluation more than it says."""
+
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        lines = [Line(t, x0={i: 1.1}, noise=0.1) for i, t in enumerate([*grid, 0])]
+        return Program(tuple(lines), clip)
+
+
+class Generous(Wrapper):
+    """Two students that each see everything."""
+
+    def wrap(self, job, lift):
+        halves = cover([500], lift.schedule.timesteps)
+        return tuple(replace(job, role=str(k), serves=half) for k, half in enumerate(halves))
+
+
+class Declarations:
+    api = 1
+
+    @hookimpl
+    def register_kd_methods(register):
+        register("forgetful", "test_contracts:Forgetful")
+        register("spread", "test_contracts:Spread")
+
+    @hookimpl
+    def register_samplers(register):
+        register("hasty", "test_contracts:Hasty")
+
+    @hookimpl
+    def register_wrappers(register):
+        register("generous", "test_contracts:Generous")
+
+
+@pytest.fixture
+def bad(monkeypatch):
+    """An instance of a contract for a bad plugin."""
+    found = Registry()
+    found.add(Declarations, "bad", "0", "bad")
+    assert not found.broken
+    monkeypatch.setattr("o2mkd_bench.testing.contract.registry", lambda: found)
+    return lambda contract, **attributes: type("Bad", (contract,), attributes)()
+
+
+def test_state_outside_the_adapters_is_found(bad, tmp_path):
+    method = bad(KDMethodContract, name="forgetful")
+    with pytest.raises(AssertionError):
+        method.test_lifted_to_one_student_it_is_itself(tmp_path)
+    with pytest.raises(AssertionError):
+        method.test_same_step_gives_the_same_terms()
+
+
+def test_nan_of_one_sample_and_changed_inputs_are_found(bad):
+    method = bad(KDMethodContract, name="spread")
+    with pytest.raises(AssertionError, match="spread is nan"):
+        method.test_few_samples_are_enough(1)
+    with pytest.raises(AssertionError):
+        method.test_inputs_stay_as_they_are()
+
+
+def test_wrong_length_and_wrong_law_are_found(bad):
+    sampler = bad(SamplerContract, name="hasty")
+    for check in (
+        lambda: sampler.test_program_is_as_long_as_declared("trailing"),
+        sampler.test_last_line_adds_no_noise,
+        sampler.test_exact_denoiser_leads_to_the_data,
+    ):
+        with pytest.raises(AssertionError):
+            check()
+
+
+def test_images_beyond_the_budget_are_found(bad):
+    wrapper = bad(WrapperContract, name="generous", students=2)
+    with pytest.raises(AssertionError):
+        wrapper.test_budget_is_accounted_for(NoiseSchedule())
+    with pytest.raises(AssertionError):
+        wrapper.test_several_students_are_declared()
+
+
+def test_torch_at_plan_time_is_found(tmp_path, monkeypatch):
+    """In a fresh interpreter, from a package that is installed there alone."""
+    (tmp_path / "heavy.py").write_text(
+        "import torch\nfrom o2mkd_bench import hookimpl\napi = 1\n"
+        "@hookimpl\ndef register_kd_methods(register):\n    register('heavy', 'heavy:Heavy')\n"
+    )
+    info = tmp_path / "heavy-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: heavy\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[o2mkd_bench]\nheavy = heavy\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    contract = type("Heavy", (KDMethodContract,), {"name": "heavy"})()
+    with pytest.raises(AssertionError, match="torch"):
+        contract.test_plan_needs_no_torch()

@@ -89,7 +89,7 @@ def test_terms_are_what_a_hand_computation_gives():
 
 def test_the_teacher_gets_no_gradient_and_the_adapter_does():
     s, method = setting(), Hint()
-    objective, student, teacher = make(s, method)
+    objective, student, _ = make(s, method)
     objective.loss(s.stream.batch_at(0), ROWS, 0)[0].backward()
     assert all(p.grad is not None for p in student.parameters())
     assert method.adapter.weight.grad is not None

@@ -24,7 +24,7 @@ LABELS = {"dataset": "d"}
 
 
 class Made:
-    """A plan ``a -> b -> c`` with ``d`` beside it, made of nothing but text; ``errors`` by label are raised once each."""
+    """A plan ``a -> b -> c`` with ``d`` beside it, made of nothing but text; ``errors`` by label are raised."""
 
     def __init__(self, root, monkeypatch):
         self.plan = Plan()
@@ -145,7 +145,9 @@ def test_an_interrupt_is_not_a_failure(made):
     assert not any((made.store.root / "tmp").iterdir())
 
 
-@pytest.mark.parametrize(("code", "told"), [(errno.ENOSPC, "is on a full disk; free space"), (errno.EROFS, "cannot be written")])
+@pytest.mark.parametrize(
+    ("code", "told"), [(errno.ENOSPC, "is on a full disk; free space"), (errno.EROFS, "cannot be written")]
+)
 def test_a_store_that_cannot_be_written_is_one_sentence(made, code, told):
     made.errors["b"] = lambda draft: OSError(code, os.strerror(code), str(draft.dir / "text"))
     with pytest.raises(StoreError, match=told) as caught:
@@ -275,9 +277,14 @@ def test_a_reader_of_results_has_damage_mended(made):
 
 
 def test_a_diverging_student_fails_alone_and_is_mended_by_a_better_rate(toy_run):
-    mapping = suite(methods=["output", "none"], training={"batch": 32, "lr": 1e30, "clip": None, "group": 4, "optimizer": "sgd"})
+    mapping = suite(
+        methods=["output", "none"], training={"batch": 32, "lr": 1e30, "clip": None, "group": 4, "optimizer": "sgd"}
+    )
     mapping["teachers"] = [{**mapping["teachers"][0]}]
-    mapping["teachers"][0]["train"] = {**mapping["teachers"][0]["train"], "training": {"lr": 1e-3, "clip": 1.0, "optimizer": "adamw"}}
+    mapping["teachers"][0]["train"] = {
+        **mapping["teachers"][0]["train"],
+        "training": {"lr": 1e-3, "clip": 1.0, "optimizer": "adamw"},
+    }
     mapping["probe"] = mapping["speed"] = {"enabled": False}
     found = session(mapping, toy_run.store)
     events = Events()
@@ -289,6 +296,7 @@ def test_a_diverging_student_fails_alone_and_is_mended_by_a_better_rate(toy_run)
     assert standings[""].status == "done"
     assert standings["none"].status == "failed"
     assert "lower the learning rate" in standings["none"].reason
+    assert not any((found.store.root / "work").iterdir()), "nobody resumes from what diverged"
 
 
 def test_missing_network_weights_leave_a_column_empty_and_the_cell_done(toy_run, tmp_path, monkeypatch):

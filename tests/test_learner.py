@@ -69,7 +69,9 @@ COURSES = {
 def test_learning_rate_at_every_position(schedule, warmup):
     found = rates(learner(Course(20, horizon=20), schedule=schedule, warmup=warmup), 20)
     begin = round(20 * warmup)
-    assert found == pytest.approx([0.1 * p / begin if p < begin else COURSES[schedule](p) for p in range(20)], abs=1e-12)
+    assert found == pytest.approx(
+        [0.1 * p / begin if p < begin else COURSES[schedule](p) for p in range(20)], abs=1e-12
+    )
 
 
 def test_an_expert_runs_through_the_rest_of_the_course_at_its_pace():

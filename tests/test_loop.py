@@ -119,7 +119,7 @@ def test_checkpoints_are_written_when_due_and_seconds_add_up(tmp_path):
     first = train(learner, pull, STREAM, ALL, watch)
     again, pull = make(steps=4)
     second = train(again, pull, STREAM, ALL, watch)
-    assert pull.seen == [] or len(pull.seen) < 4
+    assert len(pull.seen) < 4, "the last checkpoint is gone on from"
     assert second.seconds > 0
     assert second.data() == first.data()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from plugin_install import install, pytest_in, python
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.suite import load
 from o2mkd_bench.scaffold import package_name, write_plugin
+
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "plugins.md"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,24 @@ def test_it_installs_and_passes_its_tests(written, tmp_path):
 def test_its_suite_needs_it_installed(written):
     with pytest.raises(UserError, match="My-new_method"):
         load(written / "suites" / "quick.yaml")
+
+
+def test_parts_in_the_documentation_are_true(tmp_path):
+    """docs/plugins.md: every block that says which file it is, together, as a package that passes the contracts."""
+    folder = write_plugin("my-plugin", tmp_path)
+    (folder / "tests" / "test_method.py").unlink()
+    blocks = re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", DOCUMENTATION.read_text(), re.M | re.S)
+    for path, text in blocks:
+        (folder / path).write_text(text)
+    site = install(folder, tmp_path)
+    done = pytest_in(folder, site)
+    assert done.returncode == 0, done.stdout
+    code = (
+        "import sys, o2mkd_bench\n"
+        "found = o2mkd_bench.run(sys.argv[1], out=sys.argv[2] + '/out', store=sys.argv[2] + '/store')\n"
+        "print([row['status'] for row in found.document['rows']])\n"
+    )
+    assert python(code, site, str(folder / "suites" / "all.yaml"), str(tmp_path)).strip() == str(["done"] * 3)
 
 
 @pytest.mark.parametrize(

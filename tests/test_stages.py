@@ -1,6 +1,7 @@
 """Stages against independent computations, through the full path from a suite to artifacts."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from toy import Events, run, session, suite, walk_of
 
+import o2mkd_bench
+from o2mkd_bench.core import sources
 from o2mkd_bench.core.errors import StageFailed
 from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.intervals import Interval, Law
@@ -18,7 +21,8 @@ from o2mkd_bench.core.store import Store
 from o2mkd_bench.engine.kd import KDMethod
 from o2mkd_bench.engine.philox import Philox
 from o2mkd_bench.engine.stream import Stream
-from o2mkd_bench.runner import run_session
+from o2mkd_bench.engine.weights import export_pipeline
+from o2mkd_bench.runner import discard_changed, results_folder, run_session
 from o2mkd_bench.stages.samples import draw
 from o2mkd_bench.stages.speed import quantile, readings
 from o2mkd_bench.stages.train import course
@@ -56,7 +60,9 @@ def test_one_student_behind_any_warm_up_is_the_unlifted_job_bit_for_bit(toy_run,
     )
     run(both, toy_run.store, tmp_path, Events())
     found = session(both, toy_run.store)
-    cells = {(c.labels["wrapper"].startswith("o2mkd"), c.labels["weights"]): c for c in found.plan.cells if c.trained.jobs}
+    cells = {
+        (c.labels["wrapper"].startswith("o2mkd"), c.labels["weights"]): c for c in found.plan.cells if c.trained.jobs
+    }
     assert len(cells) == 4
     assert len(find(found, "state")) == 1
     for weights in ("ema", "raw"):
@@ -227,3 +233,40 @@ def test_run_writes_tables_and_pictures(toy_run, tmp_path):
     assert len(list((tmp_path / "out" / "samples").glob("*.png"))) == 2
     assert len(results.frame()) == 2
     assert results.failed == 0
+
+
+def test_run_takes_a_mapping_and_filters(toy_run, tmp_path):
+    results = o2mkd_bench.run(suite(), out=tmp_path, store=toy_run.store, only=["method=output"], fail_fast=True)
+    assert [row["method"] for row in results.document["rows"]] == ["", "output"]
+    assert results.out == tmp_path
+    assert results_folder(toy_run.session.suite).parts == ("results", "toy")
+
+
+def test_what_another_source_made_goes_with_all_that_follows_from_it(toy_run, tmp_path, monkeypatch):
+    store = Store(shutil.copytree(toy_run.store, tmp_path / "store"))
+    known = sources.module_hash
+    monkeypatch.setattr(sources, "module_hash", lambda name: "other" if name.endswith("kd.output") else known(name))
+    discard_changed(session(toy_run.suite, store.root))
+    gone = {stage.kind for name, stage in toy_run.session.plan.stages.items() if not store.has(name)}
+    kept = {stage.kind for name, stage in toy_run.session.plan.stages.items() if store.has(name)}
+    assert gone == {"state", "student", "round", "samples", "score", "probe"}
+    assert kept == {"data", "reference", "teacher", "samples", "score", "speed"}, "the teacher's own rows stay"
+
+
+def test_a_checkpoint_is_a_teacher_like_any_other(toy_run, tmp_path):
+    (trained,) = find(toy_run.session, "teacher")
+    workbench, about = bench(toy_run.session), trained.spec["network"]
+    network = workbench.denoiser(trained.identity, "ema")
+    folder = tmp_path / "checkpoint"
+    export_pipeline(network, about["config"], workbench.schedule(trained.identity), "epsilon", folder)
+    mapping = suite(teachers=[{"name": "given", "path": str(folder)}])
+    results = run(mapping, toy_run.store, tmp_path, Events())
+    assert [row["status"] for row in results.document["rows"]] == ["done", "done"]
+    found = session(mapping, toy_run.store)
+    (given,) = find(found, "teacher")
+    theirs = load_file(found.store.read(given.identity, "ema.safetensors"))
+    assert all(torch.equal(theirs[name], value) for name, value in network.state_dict().items())
+    mine, own = (s.needs["students"] for s in (find(found, "probe")[0], find(toy_run.session, "probe")[0]))
+    assert len(mine) == len(own) == 1
+    files = [found.store.read(names[0], "ema.safetensors").read_bytes() for names in (mine, own)]
+    assert files[0] == files[1], "equal weights teach equally, wherever they come from"

@@ -99,9 +99,7 @@ def spawn(mapping: Mapping[str, Any], store: Path, out: Path, kill_at: str = "")
     """
     arguments = [json.dumps(dict(mapping)), str(store), str(out), kill_at]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def main() -> None:

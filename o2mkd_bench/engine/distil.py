@@ -58,7 +58,8 @@ class Methods:
     def setup(self, teacher: Mapping[str, torch.Size], student: Mapping[str, torch.Size]) -> nn.ModuleDict:
         """Every method's adapters, from the shapes of the features."""
         made = {name: method.setup(teacher, student) for name, method in self.methods.items()}
-        return nn.ModuleDict({name: module for name, module in made.items() if module is not None})
+        # a distribution's name may hold dots, which a module's must not
+        return nn.ModuleDict({name.replace(".", "-"): m for name, m in made.items() if m is not None})
 
     def terms(self, ctx: StepContext) -> dict[str, Tensor]:
         """Weighted scalar terms.

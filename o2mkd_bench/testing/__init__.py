@@ -10,6 +10,14 @@ The plugin must be installed, since the tests find it as a suite does: by its en
 class each. Needs pytest, which nothing else of this package imports.
 """
 
+# ruff: noqa: E402 - pytest explains a failed assert only in modules that it knows before they are imported
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{part}" for part in ("contract", "data", "kd", "metrics", "plans", "samplers"))
+)
+
 from .contract import Contract
 from .data import DatasetContract
 from .kd import KDMethodContract

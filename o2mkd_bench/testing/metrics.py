@@ -37,9 +37,8 @@ class MetricContract(Contract):
 
     def planned(self) -> str:
         asked = f"parsed, {self.dataset!r}"
-        return (
-            f"import pathlib; plugin.traits['columns']({asked}); plugin.traits['network_id']({asked}, pathlib.Path())"
-        )
+        traits = (f"plugin.traits['columns']({asked})", f"plugin.traits['network_id']({asked}, pathlib.Path())")
+        return "\n".join(("import pathlib", *traits))
 
     @property
     def columns(self) -> tuple[str, ...]:

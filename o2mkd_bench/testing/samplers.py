@@ -157,7 +157,9 @@ def propagated(program: Program, schedule: NoiseSchedule) -> NDArray[np.float64]
     where the denoiser is.
     """
     unit = np.eye(program.nfe + 2)
-    states, epsilon, x0 = [unit[1]], [], []
+    states: list[NDArray[np.float64]] = [unit[1]]
+    epsilon: list[NDArray[np.float64]] = []
+    x0: list[NDArray[np.float64]] = []
     for i, line in enumerate(program.lines):
         alpha, sigma = schedule.alpha[line.t], schedule.sigma[line.t]
         epsilon.append(sigma * (states[-1] - alpha * MEAN * unit[0]) / (alpha**2 * STD**2 + sigma**2))
