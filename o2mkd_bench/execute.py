@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import torch
-
-from .core.errors import CorruptArtifact, StageFailed, StoreError, UserError
+from .core.errors import CorruptArtifact, Diverged, NetworkUnavailable, StageFailed, StoreError, UserError
 from .core.events import Event, Kind
 from .core.machine import machine_record
 from .core.plan import Plan, Stage
 from .core.sources import sources
 from .core.status import UNAVAILABLE, Survey
-from .engine.loop import Diverged
-from .engine.scoring import NetworkUnavailable
 from .stages import maker
 from .stages.bench import Bench
 
@@ -119,6 +115,9 @@ class Walk:
         return True
 
     def _write(self, stage: Stage) -> None:
+        # not before there is work to do: a finished suite is recognised without torch
+        import torch
+
         store = self.bench.store
         with store.writing(stage.identity, stage.kind, stage.label, stage.spec, stage.needs) as draft:
             draft.meta["machine"] = machine_record()
@@ -189,6 +188,8 @@ class Walk:
 
 def classify(error: Exception) -> tuple[str, str]:
     """Reason and category of a failed stage, for a person and for ``status``."""
+    import torch
+
     match error:
         case NetworkUnavailable():
             return str(error), UNAVAILABLE

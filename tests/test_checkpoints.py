@@ -12,8 +12,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from o2mkd_plugins.models.options import UNet2DOptions
-from o2mkd_plugins.models.unet2d import UNet2D
 from safetensors.torch import load_file, save_file
 
 from o2mkd_bench.core import checkpoints
@@ -23,6 +21,8 @@ from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.plugins import BUILTIN, Registry
 from o2mkd_bench.core.schedule import NoiseSchedule
 from o2mkd_bench.engine.weights import export_pipeline, load_checkpoint, load_weights, read_weights, save_weights
+from o2mkd_plugins.models.options import UNet2DOptions
+from o2mkd_plugins.models.unet2d import UNet2D
 
 FAMILY = UNet2D()
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from o2mkd_plugins.models.unet2d import UNet2D
 from test_models import CIFAR
 from torch import nn
 
 from o2mkd_bench.core.models import ModelFamily
 from o2mkd_bench.engine.cost import network_cost
+from o2mkd_plugins.models.unet2d import UNet2D
 
 FAMILY = UNet2D()
 

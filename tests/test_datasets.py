@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from o2mkd_plugins.datasets import cifar10
-from o2mkd_plugins.datasets.cifar10 import Cifar10
-from o2mkd_plugins.datasets.digits import Digits
-from o2mkd_plugins.datasets.image_folder import ImageFolder
-from o2mkd_plugins.datasets.options import Cifar10Options, DigitsOptions, ImageFolderOptions
 from PIL import Image
 from pydantic import ValidationError
 
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.fingerprint import cache_folder, content_hash, file_sha256
 from o2mkd_bench.core.identity import resolved
+from o2mkd_plugins.datasets import cifar10
+from o2mkd_plugins.datasets.cifar10 import Cifar10
+from o2mkd_plugins.datasets.digits import Digits
+from o2mkd_plugins.datasets.image_folder import ImageFolder
+from o2mkd_plugins.datasets.options import Cifar10Options, DigitsOptions, ImageFolderOptions
 
 
 @pytest.fixture(autouse=True)

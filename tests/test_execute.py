@@ -10,12 +10,17 @@ import torch
 from toy import Events, session, suite, walk_of
 
 from o2mkd_bench import execute
-from o2mkd_bench.core.errors import CorruptArtifact, PluginError, StageFailed, StoreError
+from o2mkd_bench.core.errors import (
+    CorruptArtifact,
+    Diverged,
+    NetworkUnavailable,
+    PluginError,
+    StageFailed,
+    StoreError,
+)
 from o2mkd_bench.core.plan import Cell, Plan, Stage
 from o2mkd_bench.core.status import Survey
 from o2mkd_bench.core.store import Store
-from o2mkd_bench.engine.loop import Diverged
-from o2mkd_bench.engine.scoring import NetworkUnavailable
 from o2mkd_bench.execute import REPAIRS, Walk, classify
 from o2mkd_bench.runner import mended
 from o2mkd_bench.stages.bench import Bench

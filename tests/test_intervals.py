@@ -6,10 +6,10 @@ import json
 from fractions import Fraction
 
 import pytest
-from o2mkd_plugins.wrappers.intervals import snr, uniform
 
 from o2mkd_bench import Interval, Law, NoiseSchedule, UserError
 from o2mkd_bench.core.intervals import cover
+from o2mkd_plugins.wrappers.intervals import snr, uniform
 
 LINEAR = NoiseSchedule()
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from o2mkd_plugins.wrappers.intervals import snr, uniform
-from o2mkd_plugins.wrappers.o2mkd import O2MKD
-from o2mkd_plugins.wrappers.options import O2MKDOptions, SingleOptions
-from o2mkd_plugins.wrappers.single import Single
 from pydantic import ValidationError
 
 from o2mkd_bench import Interval, Job, Law, Lift, NoiseSchedule, UserError
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.jobs import check_jobs, lineage, total_images
 from o2mkd_bench.core.training import baseline_steps
+from o2mkd_plugins.wrappers.intervals import snr, uniform
+from o2mkd_plugins.wrappers.o2mkd import O2MKD
+from o2mkd_plugins.wrappers.options import O2MKDOptions, SingleOptions
+from o2mkd_plugins.wrappers.single import Single
 
 T = 1000
 WHOLE = Interval(0, T)

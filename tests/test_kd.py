@@ -7,17 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from o2mkd_plugins.kd.feature import FeatureMatching
-from o2mkd_plugins.kd.none import NoTeacher
-from o2mkd_plugins.kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
-from o2mkd_plugins.kd.output import OutputMatching
-from o2mkd_plugins.kd.relation import Relation, angle_term, distance_term, similarity_term
 from pydantic import ValidationError
 
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.intervals import Interval
 from o2mkd_bench.core.schedule import NoiseSchedule
 from o2mkd_bench.engine.kd import StepContext, convert
+from o2mkd_plugins.kd.feature import FeatureMatching
+from o2mkd_plugins.kd.none import NoTeacher
+from o2mkd_plugins.kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
+from o2mkd_plugins.kd.output import OutputMatching
+from o2mkd_plugins.kd.relation import Relation, angle_term, distance_term, similarity_term
 
 SCHEDULE = NoiseSchedule()
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import o2mkd_plugins
 import pytest
 
 import o2mkd_bench
+import o2mkd_plugins
 
 HOUSE = Path(o2mkd_bench.__file__).parent
 PLUGINS = Path(o2mkd_plugins.__file__).parent

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from o2mkd_bench.core.blocks import Training
-from o2mkd_bench.core.errors import StageFailed
+from o2mkd_bench.core.errors import Diverged, StageFailed
 from o2mkd_bench.core.intervals import Interval, Law
 from o2mkd_bench.engine.learner import Course, Learner
-from o2mkd_bench.engine.loop import LOGS, Diverged, Objective, Watch, train
+from o2mkd_bench.engine.loop import LOGS, Objective, Watch, train
 from o2mkd_bench.engine.stream import Stream
 
 ALL = Interval(0, 1000)

@@ -13,6 +13,16 @@ import pytest
 import timm
 import torch
 import torch_fidelity
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch_fidelity import registry
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from o2mkd_bench.core.data import Images
+from o2mkd_bench.core.errors import NetworkUnavailable, UserError
+from o2mkd_bench.core.fingerprint import file_sha256
+from o2mkd_bench.core.identity import resolved
+from o2mkd_bench.engine.scoring import Metric, extract
 from o2mkd_plugins.datasets.digits import Digits
 from o2mkd_plugins.datasets.options import DigitsOptions
 from o2mkd_plugins.metrics import extractors, networks
@@ -33,16 +43,6 @@ from o2mkd_plugins.metrics.options import (
     network_id,
     precision_recall_columns,
 )
-from pydantic import ValidationError
-from safetensors.torch import save_file
-from torch_fidelity import registry
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-from o2mkd_bench.core.data import Images
-from o2mkd_bench.core.errors import UserError
-from o2mkd_bench.core.fingerprint import file_sha256
-from o2mkd_bench.core.identity import resolved
-from o2mkd_bench.engine.scoring import Metric, NetworkUnavailable, extract
 
 
 @pytest.fixture(autouse=True)

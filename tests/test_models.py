@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DModel
-from o2mkd_plugins.models.options import UNet2DOptions
-from o2mkd_plugins.models.unet2d import DEFAULTS, UNet2D, complete
 from pydantic import ValidationError
 
 from o2mkd_bench.core.errors import UserError
+from o2mkd_plugins.models.options import UNet2DOptions
+from o2mkd_plugins.models.unet2d import DEFAULTS, UNet2D, complete
 
 FAMILY = UNet2D()
 

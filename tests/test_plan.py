@@ -8,20 +8,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import o2mkd_plugins
 import pytest
-from o2mkd_plugins.models.options import UNet2DOptions
-from o2mkd_plugins.models.unet2d import UNet2D
-from o2mkd_plugins.samplers.ddim import DDIM
-from o2mkd_plugins.samplers.options import DDIMOptions
 from safetensors.numpy import save_file
 
+import o2mkd_plugins
 from o2mkd_bench import Options, UserError, Wrapper, hookimpl
 from o2mkd_bench.core.build import Machine, build
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.plugins import BUILTIN, Registry
 from o2mkd_bench.core.session import selection
 from o2mkd_bench.core.suite import from_mapping, load
+from o2mkd_plugins.models.options import UNet2DOptions
+from o2mkd_plugins.models.unet2d import UNet2D
+from o2mkd_plugins.samplers.ddim import DDIM
+from o2mkd_plugins.samplers.options import DDIMOptions
 
 MACHINE = Machine("cpu", "some cpu", {"torch": "2"})
 UNET = {"unet2d": {"block_out_channels": [8, 16], "norm_num_groups": 4}}

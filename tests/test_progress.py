@@ -13,8 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from o2mkd_plugins.trackers.jsonl import JsonLines
-from o2mkd_plugins.trackers.options import JsonLinesOptions
 from rich.console import Console
 
 from o2mkd_bench import hookimpl
@@ -24,6 +22,8 @@ from o2mkd_bench.cli.quiet import quiet
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import Registry
+from o2mkd_plugins.trackers.jsonl import JsonLines
+from o2mkd_plugins.trackers.options import JsonLinesOptions
 
 
 class Clock:

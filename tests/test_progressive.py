@@ -6,12 +6,12 @@ import warnings
 from itertools import pairwise
 
 import pytest
-from o2mkd_plugins.samplers.ddim import DDIM
-from o2mkd_plugins.samplers.options import DDIMOptions, ProgressiveOptions
-from o2mkd_plugins.samplers.progressive import Progressive
 
 from o2mkd_bench import NoiseSchedule, UserError
 from o2mkd_bench.core.grid import time_grid
+from o2mkd_plugins.samplers.ddim import DDIM
+from o2mkd_plugins.samplers.options import DDIMOptions, ProgressiveOptions
+from o2mkd_plugins.samplers.progressive import Progressive
 
 SCHEDULE = NoiseSchedule()
 

@@ -6,10 +6,6 @@ import weakref
 
 import pytest
 import torch
-from o2mkd_plugins.samplers.ddim import DDIM
-from o2mkd_plugins.samplers.ddpm import DDPM
-from o2mkd_plugins.samplers.dpm_solver import DPMSolver
-from o2mkd_plugins.samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions
 from torch import nn
 
 from o2mkd_bench import Line, NoiseSchedule, Program
@@ -18,6 +14,10 @@ from o2mkd_bench.core.grid import time_grid
 from o2mkd_bench.engine.kd import convert
 from o2mkd_bench.engine.router import Router
 from o2mkd_bench.engine.sample import CountingDenoiser, run_program, sample_images, to_uint8
+from o2mkd_plugins.samplers.ddim import DDIM
+from o2mkd_plugins.samplers.ddpm import DDPM
+from o2mkd_plugins.samplers.dpm_solver import DPMSolver
+from o2mkd_plugins.samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions
 
 SCHEDULE = NoiseSchedule()
 SHAPE = (1, 2, 3)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
 from diffusers.schedulers import scheduling_ddpm
-from o2mkd_plugins.samplers.ddim import DDIM
-from o2mkd_plugins.samplers.ddpm import DDPM
-from o2mkd_plugins.samplers.dpm_solver import DPMSolver
-from o2mkd_plugins.samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions
 from pydantic import ValidationError
 
 from o2mkd_bench import NoiseSchedule, Program, UserError
 from o2mkd_bench.core.grid import noise_levels, time_grid
 from o2mkd_bench.engine.sample import run_program
+from o2mkd_plugins.samplers.ddim import DDIM
+from o2mkd_plugins.samplers.ddpm import DDPM
+from o2mkd_plugins.samplers.dpm_solver import DPMSolver
+from o2mkd_plugins.samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions
 
 MEAN, STD = 0.2, 0.4
 TOLERANCE = 1e-4

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from o2mkd_bench.core.fingerprint import file_sha256
 from o2mkd_plugins.datasets.cifar10 import Cifar10
 from o2mkd_plugins.datasets.digits import Digits
 from o2mkd_plugins.datasets.options import Cifar10Options, DigitsOptions
 from o2mkd_plugins.metrics.networks import NETWORKS, Classifier, normalise
 from o2mkd_plugins.metrics.options import WEIGHTS
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from o2mkd_bench.core.fingerprint import file_sha256
 
 BATCH = {"digits": 64, "cifar10": 256}
 EPOCHS = {"digits": 60, "cifar10": 14}

@@ -24,5 +24,13 @@ class CorruptArtifact(Exception):
         self.reason = reason
 
 
+class NetworkUnavailable(UserError):
+    """The weights of a feature network cannot be had here; the columns that need it stay empty."""
+
+
 class StageFailed(Exception):
     """A stage could not be made; the cells that need it are recorded as failed with this text."""
+
+
+class Diverged(StageFailed):
+    """A loss or a weight is not finite."""

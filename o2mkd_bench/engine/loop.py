@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..core.errors import StageFailed
+from ..core.errors import Diverged
 from ..core.intervals import Interval
 from .learner import Learner
 from .philox import Philox
@@ -22,10 +22,6 @@ from .stream import Stream, StreamBatch
 
 # Often enough to see a divergence early, seldom enough that reading the loss does not stall a GPU.
 LOGS = 200
-
-
-class Diverged(StageFailed):
-    """A loss or a weight is not finite."""
 
 
 class Objective(ABC):

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class NetworkUnavailable(UserError):
-    """The weights of a feature network cannot be had here; the columns that need it stay empty."""
-
-
 @dataclass(frozen=True)
 class FeatureNetwork:
     """A loaded feature network.

@@ -93,9 +93,7 @@ def register_samplers(register: Register) -> None:
 @hookimpl
 def register_datasets(register: Register) -> None:
     home = "o2mkd_plugins.datasets"
-    register(
-        "digits", f"{home}.digits:Digits", options=DigitsOptions, summary="1,797 real 8x8 digits of scikit-learn"
-    )
+    register("digits", f"{home}.digits:Digits", options=DigitsOptions, summary="1,797 real 8x8 digits of scikit-learn")
     register(
         "cifar10",
         f"{home}.cifar10:Cifar10",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.fingerprint import cache_folder, file_sha256
-from o2mkd_bench.engine.scoring import FeatureNetwork, NetworkUnavailable
+from o2mkd_bench.engine.scoring import FeatureNetwork
 
 from .networks import EXTRACTORS
 from .options import (

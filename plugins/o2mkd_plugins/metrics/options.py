@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from o2mkd_bench import Options, neutral
-from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.fingerprint import content_hash
-from o2mkd_bench.engine.scoring import NetworkUnavailable, check_width
+from o2mkd_bench.engine.scoring import check_width
 
 WEIGHTS = Path(__file__).parent / "weights"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
