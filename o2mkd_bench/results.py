@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .core.jobs import lineage, total_images
+from .core.identity import identity
+from .core.jobs import Job, lineage, total_images
 from .core.machine import machine_record
 from .core.plan import Cell, Trained
 from .core.session import Session
@@ -36,10 +37,43 @@ def document(session: Session) -> dict[str, Any]:
         "versions": record["versions"],
         "git_commit": record["commit"],
         "axes": {axis: list(labels) for axis, labels in session.suite.labels().items()},
+        "datasets": _datasets(session),
+        "networks": _networks(session),
         "metrics": _metrics(session),
         "references": _references(session, survey),
         "rows": rows,
     }
+
+
+def _datasets(session: Session) -> list[dict[str, Any]]:
+    """What each dataset was read from, with the hash of its content."""
+    found = []
+    for name, stage in session.plan.stages.items():
+        if stage.kind == "data":
+            meta = session.store.manifest(name).meta if session.store.has(name) else {}
+            found.append(
+                {
+                    "dataset": stage.label.removeprefix("data "),
+                    "plugin": stage.spec["name"],
+                    "source": stage.local["source"],
+                    "fingerprint": stage.spec["fingerprint"],
+                    "images": {split: meta.get(split) for split in ("train", "test")},
+                }
+            )
+    return found
+
+
+def _networks(session: Session) -> dict[str, dict[str, Any]]:
+    """Every architecture that a row's ``networks`` names: its config, parameters, and MACs of one evaluation."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in session.plan.cells:
+        if cell.trained is None:
+            continue
+        for name, config in zip(cell.trained.students, cell.trained.configs, strict=True):
+            key = identity(config)
+            if key not in found and session.store.has(name):
+                found[key] = {**session.store.manifest(name).meta["cost"], "config": dict(config)}
+    return found
 
 
 def _metrics(session: Session) -> list[dict[str, Any]]:
@@ -127,6 +161,7 @@ def training_facts(trained: Trained) -> dict[str, Any]:
     """Batch, steps and images of every student, from the jobs alone."""
     facts: dict[str, Any] = {
         "students": len(trained.students),
+        "networks": [identity(config) for config in trained.configs],
         "edges": list(trained.edges),
         "prediction": trained.prediction,
     }
@@ -135,7 +170,7 @@ def training_facts(trained: Trained) -> dict[str, Any]:
         lines = [lineage(trained.jobs, job) for job in serving]
         facts |= {
             "batch": serving[0].batch,
-            "batch_per_student": [job.batch_share for job in serving],
+            "batch_per_student": [round(_mean_batch(line), 1) for line in lines],
             "steps_per_student": [sum(job.steps for job in line) for line in lines],
             "images_per_student": [round(float(total_images(line))) for line in lines],
             "images_total": round(float(total_images(trained.jobs))) + trained.rounds_images,
@@ -143,6 +178,11 @@ def training_facts(trained: Trained) -> dict[str, Any]:
             "rounds": [f"{r.kind} {len(r.grid)}" for r in trained.rounds],
         }
     return facts
+
+
+def _mean_batch(line: tuple[Job, ...]) -> float:
+    """Images of one optimiser step, on average over a lineage: a warm-up has a larger batch than its experts."""
+    return float(total_images(line)) / sum(job.steps for job in line)
 
 
 def _costs(store: Store, cell: Cell, trained: Trained) -> dict[str, Any]:
