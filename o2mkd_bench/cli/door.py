@@ -1,0 +1,123 @@
+"""All verbs as one command line, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ..core.errors import CorruptArtifact, StageFailed, UserError
+from .plan import plan, status
+from .plugins import doctor, new, plugins, schema
+from .report import compare, report
+from .run import run
+from .sample import sample
+from .store import app as store
+
+PROGRAM = "o2mkd-bench"
+FAILED, WRONG, BUG, INTERRUPTED = 1, 2, 70, 130
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Benchmark knowledge distillation and fast sampling of diffusion models.",
+    epilog="""A first session:
+
+- `o2mkd-bench plan suites/quickstart.yaml` shows what would be made
+- `o2mkd-bench run suites/quickstart.yaml` makes what is missing and prints the table; stop it when you like,
+  the same command goes on
+- `o2mkd-bench report results/quickstart --format latex` prints the table once more""",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
+_SUITES, _RESULTS, _HERE = "Suites", "Results", "Plugins and this machine"
+app.command(rich_help_panel=_SUITES)(run)
+app.command(rich_help_panel=_SUITES)(plan)
+app.command(rich_help_panel=_SUITES)(status)
+app.command(rich_help_panel=_SUITES)(schema)
+app.command(rich_help_panel=_RESULTS)(report)
+app.command(rich_help_panel=_RESULTS)(compare)
+app.command(rich_help_panel=_RESULTS)(sample)
+app.add_typer(store, rich_help_panel=_RESULTS)
+app.command(rich_help_panel=_HERE)(plugins)
+app.add_typer(new, rich_help_panel=_HERE)
+app.command(rich_help_panel=_HERE)(doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit: 0 done, 1 something failed, 2 the suite or the command line is wrong, 70 a bug of ours.
+
+    Raises:
+        SystemExit: always.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader (`| head`) has left; nothing may be flushed to it again on the way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    raise SystemExit(code)
+
+
+def _run(words: Sequence[str]) -> int:
+    try:
+        return int(app(list(words), prog_name=PROGRAM, standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", INTERRUPTED)
+    except UserError as error:
+        return _complain(error, WRONG)
+    except (CorruptArtifact, StageFailed) as error:
+        return _complain(f"{error}; run the suite again, which makes damaged artifacts anew", FAILED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (text := _usage(error)) is not None:
+            return _complain(text, WRONG)
+        if os.environ.get("O2MKD_TRACEBACK"):
+            traceback.print_exc()
+        return _complain(
+            f"{type(error).__name__}: {error}; this is a bug in {PROGRAM}, please report it "
+            "(set O2MKD_TRACEBACK=1 for the traceback)",
+            BUG,
+        )
+
+
+def _usage(error: Exception) -> str | None:
+    """What is wrong with the command line, where that is what the error says."""
+    # of these errors typer exports this one; their base lies elsewhere from version to version
+    if not isinstance(error, typer.BadParameter.__mro__[1]):
+        return None
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else PROGRAM
+    text = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    return f"{text[:1].lower()}{text[1:]}; see {where} --help"
+
+
+def _complain(what: object, code: int) -> int:
+    print(f"error: {what}" if code != INTERRUPTED else what, file=sys.stderr)
+    return code
