@@ -93,7 +93,9 @@ def _references(results: Results, sections: Sequence[Section]) -> list[str]:
         given = [entry for entry in results.get("references", ()) if entry.get("dataset") == dataset]
         for metric in {m.column: m for s in sections if s.dataset == dataset for m in s.metrics}.values():
             scale = [
-                (e["what"], v) for e in given if (v := finite((e.get("scores") or {}).get(metric.column))) is not None
+                (_counted(e, metric.protocol(dataset)), v)
+                for e in given
+                if (v := finite((e.get("scores") or {}).get(metric.column))) is not None
             ]
             scale += _best_teachers(metric, [s for s in sections if s.dataset == dataset])
             if scale:
@@ -101,6 +103,12 @@ def _references(results: Results, sections: Sequence[Section]) -> list[str]:
                 said = ", ".join(f"{what} {value:.{places}f}" for what, value in scale)
                 found.append(f"scale of {metric.column} on {dataset}: {said}")
     return found
+
+
+def _counted(reference: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """What was scored, with its number of images where that is not the protocol's: a score depends on it."""
+    images = reference.get("images")
+    return f"{reference['what']} ({images})" if images not in (None, protocol.get("images")) else str(reference["what"])
 
 
 def _best_teachers(metric: Metric, sections: Sequence[Section]) -> list[tuple[str, float]]:
