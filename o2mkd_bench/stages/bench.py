@@ -52,7 +52,15 @@ class Bench:
         with torch.random.fork_rng(devices=[]):
             network = self.family(about).build(about["config"])
         load_weights(network, self.store.read(artifact, f"{weights}.safetensors"))
-        return network.eval().requires_grad_(False).to(self.device)
+        return self.place(network.eval().requires_grad_(False))
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """``network`` on the device, where float32 is float32 from here on: TF32 would keep 10 bits of 23."""
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return network.to(self.device)
 
     def router(self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str) -> Router:
         """The networks of ``artifacts`` as one denoiser for sampling."""

@@ -75,7 +75,7 @@ def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Philox.for_purpose(seed, "initialisation").key & (2**63 - 1))
         network = bench.family(about).build(about["config"])
-    return network.to(bench.device).train()
+    return bench.place(network).train()
 
 
 def course(job: Mapping[str, Any]) -> Course:
