@@ -428,6 +428,27 @@ def test_write_then_read(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_pictures_of_rows_that_are_gone_are_removed(tmp_path: Path) -> None:
+    results = make(students=("half",), seeds=(0,))
+    for number, entry in enumerate(results["rows"]):
+        entry["samples"] = f"samples/{number}.png"
+    results["rows"][1]["samples"] = "samples/../mine.txt"
+
+    def pictures(folder: Path) -> None:
+        (folder / "samples").mkdir()
+        for number in range(len(results["rows"])):
+            (folder / "samples" / f"{number}.png").write_bytes(b"picture")
+
+    write(results, tmp_path, pictures)
+    mine = [tmp_path / "mine.txt", tmp_path / "samples" / "mine.png"]
+    for path in mine:
+        path.write_text("keep")
+    write({**results, "rows": results["rows"][2:]}, tmp_path)
+    assert all(path.exists() for path in mine)
+    assert not (tmp_path / "samples" / "0.png").exists()
+    assert (tmp_path / "samples" / "2.png").exists()
+
+
 def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("old")
     results = make(seeds=(0,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from .tables import markdown
 from .text import finite
 
 SCHEMA_VERSION = 1
+PICTURE = re.compile(r"samples/[^/]+\.png")
 RUN_KEYS = ("schema_version", "suite", "created", "machine", "versions", "git_commit")
 
 
@@ -25,12 +27,14 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
 
     Every file is written beside its place and moved there when whole, so that a reader, and a run cut short, find
     the old file or the new one; results.json comes last. ``pictures(folder)`` may add files of its own, under the
-    paths they shall have in ``out`` (sample grids: ``samples/….png``).
+    paths they shall have in ``out`` (sample grids: ``samples/….png``). Pictures of rows that were in ``out`` and are no
+    more are removed.
 
     Raises:
         UserError: when the results mix protocols in one column; ``out`` is then as it was.
     """
     out.mkdir(parents=True, exist_ok=True)
+    stale = _pictures_in(out) - _pictures(results)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as name:
         folder = Path(name)
         if pictures is not None:
@@ -45,6 +49,21 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
             place = out / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+
+
+def _pictures(results: Results) -> set[str]:
+    """The sample grids that rows name; only those below ``samples/``, whatever a document says."""
+    named = {str(row.get("samples") or "") for row in results["rows"]}
+    return {name for name in named if PICTURE.fullmatch(name)}
+
+
+def _pictures_in(out: Path) -> set[str]:
+    try:
+        return _pictures(read(out))
+    except UserError:
+        return set()
 
 
 def read(folder: Path) -> dict[str, Any]:
