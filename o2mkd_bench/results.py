@@ -13,7 +13,6 @@ from .core.machine import machine_record
 from .core.plan import Cell, Trained
 from .core.session import Session
 from .core.status import Standing, Survey
-from .core.store import Store
 
 SCHEMA_VERSION = 1
 
@@ -26,7 +25,7 @@ def document(session: Session) -> dict[str, Any]:
     """
     survey = Survey(session.plan, session.store)
     record = machine_record()
-    rows = [_row(session, survey.standing(cell)) for cell in session.plan.cells]
+    rows = [_row(session, survey, survey.standing(cell)) for cell in session.plan.cells]
     return {
         "schema_version": SCHEMA_VERSION,
         "suite": session.suite.name,
@@ -37,20 +36,20 @@ def document(session: Session) -> dict[str, Any]:
         "versions": record["versions"],
         "git_commit": record["commit"],
         "axes": {axis: list(labels) for axis, labels in session.suite.labels().items()},
-        "datasets": _datasets(session),
-        "networks": _networks(session),
-        "metrics": _metrics(session),
+        "datasets": _datasets(session, survey),
+        "networks": _networks(session, survey),
+        "metrics": _metrics(session, survey),
         "references": _references(session, survey),
         "rows": rows,
     }
 
 
-def _datasets(session: Session) -> list[dict[str, Any]]:
+def _datasets(session: Session, survey: Survey) -> list[dict[str, Any]]:
     """What each dataset was read from, with the hash of its content."""
     found = []
     for name, stage in session.plan.stages.items():
         if stage.kind == "data":
-            meta = session.store.manifest(name).meta if session.store.has(name) else {}
+            meta = session.store.manifest(name).meta if survey.present(name) else {}
             found.append(
                 {
                     "dataset": stage.label.removeprefix("data "),
@@ -63,7 +62,7 @@ def _datasets(session: Session) -> list[dict[str, Any]]:
     return found
 
 
-def _networks(session: Session) -> dict[str, dict[str, Any]]:
+def _networks(session: Session, survey: Survey) -> dict[str, dict[str, Any]]:
     """Every architecture that a row's ``networks`` names: its config, parameters, and MACs of one evaluation."""
     found: dict[str, dict[str, Any]] = {}
     for cell in session.plan.cells:
@@ -71,12 +70,12 @@ def _networks(session: Session) -> dict[str, dict[str, Any]]:
             continue
         for name, config in zip(cell.trained.students, cell.trained.configs, strict=True):
             key = identity(config)
-            if key not in found and session.store.has(name):
+            if key not in found and survey.present(name):
                 found[key] = {**session.store.manifest(name).meta["cost"], "config": dict(config)}
     return found
 
 
-def _metrics(session: Session) -> list[dict[str, Any]]:
+def _metrics(session: Session, survey: Survey) -> list[dict[str, Any]]:
     """Each dataset's columns, which way is better, and the protocol of the first score there is."""
     found = []
     for use in session.suite.datasets:
@@ -88,17 +87,17 @@ def _metrics(session: Session) -> list[dict[str, Any]]:
                         "dataset": use.label,
                         "column": column,
                         "higher_is_better": traits["higher_is_better"],
-                        "protocol": _protocol(session, use.label, column),
+                        "protocol": _protocol(session, survey, use.label, column),
                     }
                 )
     return found
 
 
-def _protocol(session: Session, dataset: str, column: str) -> dict[str, Any] | None:
+def _protocol(session: Session, survey: Survey, dataset: str, column: str) -> dict[str, Any] | None:
     stored = [r["score"] for r in session.plan.references if r["dataset"] == dataset]
     stored += [name for c in session.plan.cells if c.labels["dataset"] == dataset for name in c.scores]
     for name in stored:
-        if session.store.has(name):
+        if survey.present(name):
             content = session.store.read_json(name, "scores.json")
             if column in content["scores"]:
                 known = content["protocol"]
@@ -129,9 +128,9 @@ def _references(session: Session, survey: Survey) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _row(session: Session, standing: Standing) -> dict[str, Any]:
+def _row(session: Session, survey: Survey, standing: Standing) -> dict[str, Any]:
     cell, store = standing.cell, session.store
-    done = {name for name in cell.stages() if store.has(name)}
+    done = {name for name in cell.stages() if survey.present(name)}
     scores: dict[str, float] = {}
     for name in cell.scores:
         if name in done:
@@ -153,7 +152,7 @@ def _row(session: Session, standing: Standing) -> dict[str, Any]:
         "samples": f"samples/{picture_name(cell)}" if cell.samples in done else None,
     }
     if cell.trained is not None:
-        row |= training_facts(cell.trained) | _costs(store, cell, cell.trained)
+        row |= training_facts(cell.trained) | _costs(survey, cell, cell.trained)
     return row
 
 
@@ -185,13 +184,13 @@ def _mean_batch(line: tuple[Job, ...]) -> float:
     return float(total_images(line)) / sum(job.steps for job in line)
 
 
-def _costs(store: Store, cell: Cell, trained: Trained) -> dict[str, Any]:
+def _costs(survey: Survey, cell: Cell, trained: Trained) -> dict[str, Any]:
     """Parameters, MACs and seconds, where the students are there."""
-    if not all(store.has(name) for name in trained.students):
+    if not all(survey.present(name) for name in trained.students):
         return {}
-    metas = [store.manifest(name).meta for name in trained.students]
+    metas = [survey.store.manifest(name).meta for name in trained.students]
     called = [(meta["cost"], calls) for meta, calls in zip(metas, cell.calls, strict=True)]
-    seconds = _seconds(store, trained.students)
+    seconds = _seconds(survey, trained.students)
     return {
         "params_total": sum(cost["params"] for cost, _ in called),
         "params_active": max((cost["params"] for cost, calls in called if calls), default=0),
@@ -202,15 +201,15 @@ def _costs(store: Store, cell: Cell, trained: Trained) -> dict[str, Any]:
     }
 
 
-def _seconds(store: Store, names: tuple[str, ...]) -> float:
+def _seconds(survey: Survey, names: tuple[str, ...]) -> float:
     """Training seconds of these artifacts and of what they continue, each counted once."""
     total, seen, queue = 0.0, set(), list(names)
     while queue:
         name = queue.pop()
-        if name in seen or not store.has(name):
+        if name in seen or not survey.present(name):
             continue
         seen.add(name)
-        manifest = store.manifest(name)
+        manifest = survey.store.manifest(name)
         if manifest.kind in ("state", "student", "round"):
             total += manifest.meta.get("seconds", 0.0)
             queue += [n for slot in ("start", "before") for n in manifest.needs.get(slot, ())]

@@ -509,6 +509,8 @@ def test_doctor_fails_where_something_required_is_missing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    # however long the path of the store is, the table does not break the sentence
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr("o2mkd_bench.doctor.tempfile.TemporaryFile", full)
     code, out, err = call("doctor", "--store", tmp_path)
     assert (code, err) == (1, "")

@@ -62,7 +62,7 @@ def test_a_warm_up_and_k_experts_that_continue_it():
     assert [low.role, high.role] == ["expert-0", "expert-1"]
     assert [low.serves, high.serves] == [Interval(0, 500), Interval(500, 1000)]
     assert {(j.start, j.offset, j.horizon, j.steps) for j in (low, high)} == {("warmup", 30, 100, 70)}
-    assert low.batch_share == 60
+    assert low.batch * low.law.mass(low.trains) == 60
     assert low.student == {"width": 0.5}
 
 
@@ -129,12 +129,12 @@ def test_each_lineage_sees_the_budget_per_student(intervals, allocation, batch, 
 
 def test_share_splits_the_batch_and_keeps_the_steps():
     jobs = lift(init="scratch", students=2, intervals=(250,))
-    assert [(j.steps, j.batch, j.batch_share) for j in jobs] == [(100, 120, 30), (100, 120, 90)]
+    assert [(j.steps, j.batch, j.batch * j.law.mass(j.trains)) for j in jobs] == [(100, 120, 30), (100, 120, 90)]
 
 
 def test_full_keeps_the_batch_and_splits_the_steps():
     jobs = lift(init="scratch", students=2, intervals=(250,), expert_batch="full")
-    assert [(j.steps, j.batch_share) for j in jobs] == [(25, 120), (75, 120)]
+    assert [(j.steps, j.batch * j.law.mass(j.trains)) for j in jobs] == [(25, 120), (75, 120)]
     assert [j.law for j in jobs] == [Law.uniform(Interval(0, 250)), Law.uniform(Interval(250, 1000))]
     # every expert's learning rate runs to its end, and all of them end at one horizon
     assert [j.pace() for j in jobs] == [3, 1]

@@ -47,11 +47,6 @@ class Job:
         """Images this job sees: an expectation where interval edges cut through the stream's quantile slices."""
         return self.steps * self.batch * self.law.mass(self.trains)
 
-    @property
-    def batch_share(self) -> float:
-        """Images of one optimiser step, on average."""
-        return float(self.batch * self.law.mass(self.trains))
-
     def spec(self) -> dict[str, Any]:
         """What of a job decides its result; where it serves does not."""
         return {

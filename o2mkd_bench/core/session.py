@@ -67,7 +67,7 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     """Plan ``suite`` on this machine; ``download`` fetches hub teachers that are not here yet.
 
     Raises:
-        UserError: as ``core.build.build`` and ``selection`` do.
+        UserError: as ``core.build.build`` and ``selection`` do, and for a filter that leaves nothing but teachers.
     """
 
     def locate(repo: str, revision: str | None) -> Path | None:
@@ -76,6 +76,12 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     registry = default_registry()
     machine = this_machine(suite.device)
     plan = build(suite, machine, locate, [selection(text) for text in only], registry)
+    for text in only:
+        axis = text.partition("=")[0]
+        # a teacher's row has no method, wrapper … and stays whatever is asked of those
+        if all(cell.labels[axis] == "" for cell in plan.cells):
+            known = ", ".join(suite.labels()[axis])
+            raise UserError(f"--only {text} leaves no cell; {axis} is one of {known}")
     return Session(suite, store_at(store), machine, plan, registry)
 
 

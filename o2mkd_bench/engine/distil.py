@@ -113,7 +113,7 @@ class Distil(Objective):
             self.teacher_taps, teacher_shapes = self._tap(teacher.call, "teacher")
         # adapters start from the seed, whatever was drawn before; setup may draw on the CPU
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(Philox.for_purpose(setting.stream.seed, "adapters").key & (2**63 - 1))
+            torch.manual_seed(Philox.torch_seed(setting.stream.seed, "adapters"))
             self._adapters = methods.setup(teacher_shapes, student_shapes).to(setting.data.device)
 
     def _tap(self, call: Call, side: Literal["teacher", "student"]) -> tuple[Taps, dict[str, torch.Size]]:
@@ -195,5 +195,5 @@ def _chunks(rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device=device)
-    generator.manual_seed(Philox.for_purpose(seed, f"method {step}").key & (2**63 - 1))
+    generator.manual_seed(Philox.torch_seed(seed, f"method {step}"))
     return generator

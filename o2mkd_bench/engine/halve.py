@@ -13,6 +13,7 @@ from .denoiser import Call, Experts
 from .distil import Setting
 from .kd import convert
 from .loop import Objective
+from .sample import clipped
 from .stream import StreamBatch
 
 
@@ -69,13 +70,7 @@ class Halve(Objective):
     def _x0(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         tables = self.setting.tables
         epsilon = self.before.predict(x, t, "epsilon")
-        alpha, sigma = _wide(tables.alpha[t]), _wide(tables.sigma[t])
-        x0 = (x - sigma * epsilon) / alpha
-        if self.clip != "none":
-            x0 = x0.clamp(-1, 1)
-            if self.clip == "x0+epsilon":
-                epsilon = (x - alpha * x0) / sigma
-        return x0, epsilon
+        return clipped(x, epsilon, _wide(tables.alpha[t]), _wide(tables.sigma[t]), self.clip)
 
     def _level(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at entries of the fine grid; below its first entry stands the image itself, sigma 0."""

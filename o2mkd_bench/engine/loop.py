@@ -84,7 +84,7 @@ def train(learner: Learner, objective: Objective, stream: Stream, interval: Inte
             if len(rows) == 0:
                 learner.skip()
             else:
-                torch.manual_seed(Philox.for_purpose(stream.seed, f"dropout {offset + done}").key & (2**63 - 1))
+                torch.manual_seed(Philox.torch_seed(stream.seed, f"dropout {offset + done}"))
                 loss, terms = objective.loss(batch, rows, offset + done)
                 learner.step(loss)
                 log.images += len(rows)

@@ -62,6 +62,11 @@ class Philox:
         digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
         return cls(int.from_bytes(digest[:8], "little"))
 
+    @classmethod
+    def torch_seed(cls, seed: int, purpose: str) -> int:
+        """A seed of one purpose for torch's own generators, which take 63 bits."""
+        return cls.for_purpose(seed, purpose).key & (2**63 - 1)
+
     def uint32(self, counters: Tensor, elements: int, stream: int = 0) -> Tensor:
         """Integers in [0, 2^32), int64 (n, elements), for ``counters`` int64 (n,), on their device."""
         out = torch.empty(len(counters), _blocks(elements), 4, dtype=torch.int64, device=counters.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PluginError
-from ..core.program import Program
+from ..core.program import Clip, Program
 from ..core.schedule import NoiseSchedule
 
 Denoise = Callable[[Tensor, int], Tensor]
@@ -80,11 +80,7 @@ def run_program(
     for i, line in enumerate(program.lines):
         alpha, sigma = float(schedule.alpha[line.t]), float(schedule.sigma[line.t])
         epsilon = denoise(x, line.t).float()
-        x0 = (x - sigma * epsilon) / alpha
-        if program.clip != "none":
-            x0 = x0.clamp(-1, 1)
-        if program.clip == "x0+epsilon":
-            epsilon = (x - alpha * x0) / sigma
+        x0, epsilon = clipped(x, epsilon, alpha, sigma, program.clip)
         states.keep(i, x)
         epsilons.keep(i, epsilon)
         clean.keep(i, x0)
@@ -95,6 +91,18 @@ def run_program(
             total.add_(fresh(i), alpha=line.noise)
         x = total
     return x
+
+
+def clipped(
+    x: Tensor, epsilon: Tensor, alpha: float | Tensor, sigma: float | Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """x0 and epsilon as a program's lines see them; see :class:`o2mkd_bench.core.program.Program` for ``clip``."""
+    x0 = (x - sigma * epsilon) / alpha
+    if clip != "none":
+        x0 = x0.clamp(-1, 1)
+    if clip == "x0+epsilon":
+        epsilon = (x - alpha * x0) / sigma
+    return x0, epsilon
 
 
 def sample_images(

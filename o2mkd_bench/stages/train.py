@@ -23,7 +23,7 @@ from ..engine.learner import Course, Learner
 from ..engine.loop import Log, Objective, Watch, train
 from ..engine.philox import Philox
 from ..engine.stream import Stream
-from ..engine.weights import load_weights, read_weights, save_weights
+from ..engine.weights import load_checkpoint, load_weights, read_weights, save_weights
 from .bench import Bench, Stopwatch, write_json
 
 
@@ -31,10 +31,8 @@ def make_teacher(stage: Stage, bench: Bench, draft: Draft) -> None:
     """A denoiser artifact from a checkpoint or from training; ``raw`` weights only where it was trained."""
     if stage.spec["source"] == "checkpoint":
         _copy_checkpoint(stage, bench, draft)
-        return
-    learner, log = _train(stage, bench)
-    write_denoiser(stage, bench, draft, learner, log)
-    draft.meta["seconds"] = log.seconds
+    else:
+        make_student(stage, bench, draft)
 
 
 def make_student(stage: Stage, bench: Bench, draft: Draft) -> None:
@@ -73,7 +71,7 @@ def cost(bench: Bench, about: Mapping[str, Any]) -> Cost:
 def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:
     """A fresh network on the device; its initial weights depend on the seed and the architecture alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(Philox.for_purpose(seed, "initialisation").key & (2**63 - 1))
+        torch.manual_seed(Philox.torch_seed(seed, "initialisation"))
         network = bench.family(about).build(about["config"])
     return bench.place(network).train()
 
@@ -150,7 +148,7 @@ def _copy_checkpoint(stage: Stage, bench: Bench, draft: Draft) -> None:
 
     about = stage.spec["network"]
     checkpoint = read_checkpoint(Path(stage.local["path"]), stage.label, schedule=stage.local["schedule"])
-    load_weights(build(bench, about, 0), checkpoint.weights)
+    load_checkpoint(checkpoint, bench.family(about))
     state = read_weights(checkpoint.weights)
     floating = {v.dtype for v in state.values() if v.is_floating_point()}
     save_weights(state, draft.dir / "ema.safetensors", floating.pop() if len(floating) == 1 else torch.float32)
