@@ -81,7 +81,7 @@ def run_session(
 
     if rebuild_changed:
         discard_changed(session)
-    bench = Bench(session.store, session.machine.device, observer, session.registry)
+    bench = Bench(session.store, session.machine.device, observer, session.registry, session.machine.mode)
     walk = Walk(session.plan, bench, fail_fast)
     walk.run()
     results = mended(walk, lambda: report(session, out))

@@ -87,13 +87,13 @@ def test_the_version_of_cuda_counts_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(module.importlib.metadata, "distribution", lambda name: Torch())
     for text, version in (("cuda: Optional[str] = '12.8'\n", "12.8"), ("cuda = '11'\nhip = 'x'\n", "11"), ("", "none")):
         file.write_text(f"__version__ = '2'\n{text}", encoding="utf-8")
-        assert this_machine("auto").versions["cuda"] == version
+        assert this_machine(from_mapping(SUITE, tmp_path)).versions["cuda"] == version
 
 
-def test_a_device_that_is_not_here_is_an_error(monkeypatch):
+def test_a_device_that_is_not_here_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="was asked for"):
-        this_machine("cuda:7")
+        this_machine(from_mapping({**SUITE, "device": "cuda:7"}, tmp_path))
 
 
 def test_hub_teachers_are_downloaded_only_when_asked(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def sample(
     with display(sys.stderr) as progress:
         progress(Event("plan", data={"stages": 1, "reused": 0}))
         progress(Event("start", stage.identity, chosen.describe()))
-        bench = Bench(session.store, session.machine.device, progress, session.registry)
+        bench = Bench(session.store, session.machine.device, progress, session.registry, session.machine.mode)
         images = draw(bench, stage.spec, stage.needs["students"], range(n), stage).numpy()
         progress(Event("done", stage.identity, chosen.describe()))
     print(f"{counted(n, 'image')} in {save(images, out or Path(f'{chosen.identity[:8]}.png'))}")

@@ -48,6 +48,11 @@ def _patterns(value: Any) -> Any:
     return value if value is None or isinstance(value, Mapping) else (str(value),)
 
 
+def _switch(value: Any) -> Any:
+    # YAML reads a bare on and off as truth values
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _one_or_more(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
@@ -59,6 +64,11 @@ _COUNT_SCHEMA = {
     ]
 }
 Count = Annotated[int, BeforeValidator(_count), WithJsonSchema(_COUNT_SCHEMA)]
+Auto = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(lambda value: value if value == "auto" else _count(value)),
+    WithJsonSchema({"anyOf": [*_COUNT_SCHEMA["anyOf"], {"const": "auto"}]}),
+]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,6 +78,13 @@ Device = Annotated[str, AfterValidator(_device)]
 Optimizer = Literal["adamw", "adam", "sgd"]
 LearningRate = Literal["cosine", "constant", "linear"]
 Weights = Literal["ema", "raw"]
+_SWITCH_SCHEMA = {"enum": ["auto", "on", "off", True, False]}
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch), WithJsonSchema(_SWITCH_SCHEMA)]
+Compile = Annotated[
+    Literal["auto", "off", "on", "max"],
+    BeforeValidator(_switch),
+    WithJsonSchema({"enum": ["auto", "on", "off", "max", True, False]}),
+]
 Baseline = Literal["equal_total", "per_student"]
 UNIQUE = AfterValidator(_unique)
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), UNIQUE]
@@ -99,6 +116,7 @@ class TrainingOverride(Block):
     ema: Share | None = None
     clip: Positive | None = None
     group: Annotated[int, Field(ge=3)] | None = None
+    micro_batch: Count | None = None
 
 
 class Training(Block):
@@ -110,6 +128,8 @@ class Training(Block):
         ema: horizon of the moving average of the weights, a share of the steps.
         clip: largest norm of the gradient, or null.
         group: samples with neighbouring timesteps that relational terms compare, at least 3.
+        micro_batch: images that pass a student at once, their gradients added up; null is the whole batch. Parts end
+            where a relational group does.
     """
 
     optimizer: Optimizer = "adamw"
@@ -122,6 +142,7 @@ class Training(Block):
     ema: Share = 0.05
     clip: Positive | None = 1.0
     group: Annotated[int, Field(ge=3)] = 32
+    micro_batch: Count | None = None
 
     def merged(self, *overrides: TrainingOverride) -> Training:
         """This training with what ``overrides`` give, the last one winning."""
@@ -174,12 +195,12 @@ class Sampling(Block):
 
     Attributes:
         images: how many a cell generates for its scores.
-        batch: how many at a time.
+        batch: how many at a time; ``auto`` is as many as memory holds, at most 1024. Halved when memory runs out.
         weights: which weights of a student are scored.
     """
 
     images: Count = 1000
-    batch: Count = neutral(250)
+    batch: Auto = neutral(250)
     spacing: Spacing = "trailing"
     clip: Clip = "x0"
     weights: Annotated[tuple[Weights, ...], Field(min_length=1), UNIQUE] = ("ema",)

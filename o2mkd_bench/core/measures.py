@@ -9,6 +9,7 @@ from typing import Any
 from .errors import PluginError, UserError
 from .grid import time_grid
 from .identity import identity
+from .mode import PLAIN, Mode
 from .plan import Cell, Plan, Stage, Trained
 from .program import Program
 from .schedule import NoiseSchedule
@@ -23,6 +24,7 @@ class Machine:
     device: str
     name: str
     versions: Mapping[str, str]
+    mode: Mode = PLAIN
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class Measures:
             "shape": subject.source.shape,
             "device": self.machine.name,
             "versions": self.machine.versions,
-            "compile": "off",
+            "compile": self.machine.mode.compile,
+            "cuda_graphs": self.machine.mode.cuda_graphs,
         }
         local = {"networks": [teacher.network(config, trained.prediction) for config in trained.configs]}
         return self.plan.add(Stage.make("speed", f"speed {name}", spec, local=local))

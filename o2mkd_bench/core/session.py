@@ -17,6 +17,7 @@ from .checkpoints import download_hub, resolve_hub
 from .errors import UserError
 from .machine import device_name, resolve_device
 from .measures import Machine
+from .mode import resolve_mode
 from .plan import AXES, Plan
 from .plugins import Registry
 from .plugins import registry as default_registry
@@ -42,18 +43,19 @@ def store_at(path: Path | None) -> Store:
     return Store(path or Path(os.environ.get(STORE_VARIABLE) or ".o2mkd/store"))
 
 
-def this_machine(device: str) -> Machine:
-    """What speed readings on ``device`` depend on.
+def this_machine(suite: Suite) -> Machine:
+    """What speed readings of ``suite`` depend on here.
 
     Raises:
-        UserError: when the device is not here.
+        UserError: when the device is not here, or cannot run as the suite asks.
     """
-    resolved = resolve_device(device)
+    resolved = resolve_device(suite.device)
     torch = importlib.metadata.distribution("torch")
     versions = {"torch": torch.version}
     if resolved != "cpu":
         versions["cuda"] = _cuda(torch)
-    return Machine(resolved, device_name(resolved), versions)
+    mode = resolve_mode(suite.compile, suite.cuda_graphs, resolved)
+    return Machine(resolved, device_name(resolved), versions, mode)
 
 
 def _cuda(torch: importlib.metadata.Distribution) -> str:
@@ -74,7 +76,7 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
         return resolve_hub(repo, revision).folder or (download_hub(repo, revision) if download else None)
 
     registry = default_registry()
-    machine = this_machine(suite.device)
+    machine = this_machine(suite)
     plan = build(suite, machine, locate, [selection(text) for text in only], registry)
     for text in only:
         axis = text.partition("=")[0]

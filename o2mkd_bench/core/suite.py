@@ -12,9 +12,11 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from . import plugins, source
 from .blocks import (
     UNIQUE,
+    Auto,
     Baseline,
     Block,
     Budget,
+    Compile,
     Count,
     Device,
     Probe,
@@ -25,6 +27,7 @@ from .blocks import (
     Seeds,
     Speed,
     StudentEntry,
+    Switch,
     Training,
     TrainingOverride,
     any_match,
@@ -128,13 +131,24 @@ class SamplerEntry(Block):
 
 
 class Suite(Block):
-    """The grid and everything that is the same in all its cells; made by :func:`load` or :func:`from_mapping`."""
+    """The grid and everything that is the same in all its cells; made by :func:`load` or :func:`from_mapping`.
+
+    Attributes:
+        compile: torch.compile for networks: ``off``, ``on``, ``max``; ``auto`` is ``on`` on CUDA, ``off`` on the CPU.
+        cuda_graphs: whether sampling replays a network's call as a CUDA graph; ``auto`` is wherever there is CUDA.
+        cohort: students that train on one teacher pass; ``auto`` is as many as share a stream and fit into memory.
+        checkpoint_activations: students compute activations twice instead of keeping them.
+    """
 
     name: Annotated[str, SOME]
     description: str = neutral("")
     seeds: Seeds = (0,)
     device: Device = neutral("auto")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: Compile = neutral("auto")
+    cuda_graphs: Switch = neutral("auto")
+    cohort: Auto = neutral("auto")
+    checkpoint_activations: bool = neutral(False)
     store_dtype: Literal["fp32", "fp16"] = "fp32"
     datasets: Annotated[tuple[PluginUse, ...], SOME]
     teachers: Annotated[tuple[TeacherEntry, ...], SOME]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.events import Event, Observer
+from ..core.mode import PLAIN, Mode
 from ..core.models import ModelFamily
 from ..core.plan import Stage
 from ..core.plugins import Registry
@@ -31,6 +32,7 @@ class Bench:
     device: str
     observer: Observer
     registry: Registry
+    mode: Mode = PLAIN
 
     def family(self, network: Mapping[str, Any]) -> ModelFamily:
         """The plugin that builds and calls a network, from what its artifact says of it."""
