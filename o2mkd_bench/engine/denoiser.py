@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..core.mode import PLAIN, Mode
 from ..core.models import ModelFamily
 from ..core.schedule import NoiseSchedule, Prediction
 from .kd import convert
+from .taps import Taps
+
+Tapped = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(x, t) to the prediction and the features by name, all float32."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,14 +37,29 @@ class Tables:
 class Call:
     """One network as a function of (x, t): autocast to the suite's precision, the result in float32."""
 
-    def __init__(self, family: ModelFamily, network: nn.Module, precision: str) -> None:
+    def __init__(self, family: ModelFamily, network: nn.Module, precision: str, mode: Mode = PLAIN) -> None:
         self.family = family
         self.network = network
         self.dtype = DTYPES[precision]
+        self.mode = mode
 
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.family.forward(self.network, x, t, condition).float()
+
+    def tapped(self, paths: Mapping[str, str], where: str) -> Tapped:
+        """This call, giving the features of the modules at ``paths`` (name to path) too.
+
+        Raises:
+            UserError: as :class:`o2mkd_bench.engine.taps.Taps` does, ``where`` being the network in words.
+        """
+        taps = Taps(self.network, paths, where)
+
+        def run(x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            with taps:
+                return self(x, t), taps.take()
+
+        return run
 
 
 class Experts:
