@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from .core.cohorts import gather
 from .core.errors import CorruptArtifact, Diverged, NetworkUnavailable, StageFailed, StoreError, UserError
 from .core.events import Event, Kind
 from .core.machine import machine_record
 from .core.plan import Plan, Stage
 from .core.sources import sources
 from .core.status import UNAVAILABLE, Survey
+from .core.store import Draft
 from .stages import maker
 from .stages.bench import Bench
+
+if TYPE_CHECKING:
+    from .engine.loop import Left
+    from .stages.cohort import Cohort
 
 # A store that keeps giving back other bytes than were written is broken hardware; do not retrain for ever.
 REPAIRS = 3
@@ -27,7 +34,8 @@ class Walk:
     """One walk over one plan. Several processes may walk one store: each stage is made by one of them.
 
     While a stage is made, its lock is held; a lock that is waited for meanwhile is always that of something the stage
-    is made from, so that no two walks can wait for each other.
+    is made from, so that no two walks can wait for each other. Of students that train together several locks are held,
+    and none is waited for.
 
     Attributes:
         failed: identity to the reason, also for stages that were never tried because an input had failed.
@@ -41,6 +49,10 @@ class Walk:
     made: list[str] = field(default_factory=list)
     _repairs: Counter[str] = field(default_factory=Counter)
     _stopped: bool = False
+    # those that found an input damaged, which is mended where no other lock is held
+    _alone: set[str] = field(default_factory=set)
+    _begun: set[str] = field(default_factory=set)
+    _ended: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Make every missing stage of the plan's cells.
@@ -53,34 +65,139 @@ class Walk:
         queue = list(missing.values())
         while queue and not self._stopped:
             held = self._pass(queue)
-            if len(held) == len(queue) and not self._stopped:
-                self._attend(held.pop(0), wait=True)
+            if len(held) == len(queue) and not self._stopped and self._attend(held[0], held, wait=True):
+                held.pop(0)
             queue = held
 
     def _pass(self, queue: Sequence[Stage]) -> list[Stage]:
         """Attend to every stage in turn; gives back those that another process is at, and those that need them."""
         held: dict[str, Stage] = {}
-        for stage in queue:
+        for place, stage in enumerate(queue):
             if self._stopped:
                 break
-            if not held.keys().isdisjoint(stage.inputs()) or not self._attend(stage, wait=False):
+            if self._settled(stage):
+                continue
+            waiting = [*held.values(), *queue[place:]]
+            if not held.keys().isdisjoint(stage.inputs()) or not self._attend(stage, waiting, wait=False):
                 held[stage.identity] = stage
-        return list(held.values())
+        return [stage for stage in held.values() if not self._settled(stage)]
 
-    def _attend(self, stage: Stage, wait: bool) -> bool:
-        """Make ``stage`` or learn that it is made; False when another process is at it and we do not wait."""
+    def _settled(self, stage: Stage) -> bool:
+        return stage.identity in self.failed or stage.identity in self._ended
+
+    def _attend(self, stage: Stage, queue: Sequence[Stage], wait: bool) -> bool:
+        """Make ``stage``, and what of ``queue`` can train with it, or learn that it is made.
+
+        False when another process is at it and we do not wait, and where it must be tried again.
+        """
         if self._blocked(stage):
             return True
         store = self.bench.store
         held = store.lock(stage.identity) if wait else store.try_lock(stage.identity)
         if held is None:
             return False
-        with held:
+        with ExitStack() as lock:
+            lock.enter_context(held)
             if store.has(stage.identity):
                 self._say("reused", stage)
+            elif others := self._company(stage, queue):
+                self._together(stage, others, lock)
+                return self._settled(stage)
             else:
                 self._make(stage)
         return True
+
+    def _company(self, stage: Stage, queue: Sequence[Stage]) -> list[Stage]:
+        """Who of ``queue`` can train with ``stage``."""
+        if stage.identity in self._alone or stage.local.get("cohort") == 1:
+            return []
+        pending = {one.identity: one for one in queue if not self._settled(one)}
+        others = [one for name, one in pending.items() if name not in self._alone]
+        return gather(stage, others, lambda name: name not in pending and name not in self.failed)
+
+    def _together(self, first: Stage, others: Sequence[Stage], lock: ExitStack) -> None:
+        """Train stages together, those that continue another of them from its end on; what does not end stays missing.
+
+        ``lock`` is that of ``first``. Those that another process is at are left out.
+        """
+        from .stages.cohort import Cohort
+
+        cohort = Cohort(self.bench, first.local["cohort"])
+        names = {stage.identity for stage in (first, *others)}
+        with ExitStack() as every:
+            locks = {first.identity: lock, **self._seize(others, every)}
+            crew = [stage for stage in (first, *others) if stage.identity in locks]
+            for stage in crew:
+                if names.isdisjoint(stage.inputs()) and not self._admit(cohort, stage):
+                    locks.pop(stage.identity).close()
+            with closing(cohort.train()) as leaving:
+                try:
+                    for stage, left in leaving:
+                        self._take_leave(stage, left)
+                        # it holds the memory of a network
+                        del left
+                        locks.pop(stage.identity).close()
+                        if self._stopped:
+                            return
+                        for other in crew:
+                            joins = stage.identity in other.inputs() and stage.identity in self._ended
+                            if joins and not self._admit(cohort, other):
+                                locks.pop(other.identity).close()
+                except StoreError:
+                    raise
+                except Exception as error:
+                    for stage in cohort.stages():
+                        self._fail(stage, *classify(error))
+
+    def _seize(self, stages: Sequence[Stage], until: ExitStack) -> dict[str, ExitStack]:
+        """The locks of stages that nobody is at or has made, held ``until`` then, or until they are closed."""
+        locks = {}
+        for stage in stages:
+            held = self.bench.store.try_lock(stage.identity)
+            if held is not None:
+                lock = until.enter_context(ExitStack())
+                lock.enter_context(held)
+                if self.bench.store.has(stage.identity):
+                    lock.close()
+                else:
+                    locks[stage.identity] = lock
+        return locks
+
+    def _admit(self, cohort: Cohort, stage: Stage) -> bool:
+        """Whether ``stage`` trains with the cohort now; if not, it has failed, or its turn comes later."""
+        try:
+            admitted = cohort.admit(stage)
+        except StoreError:
+            raise
+        except CorruptArtifact:
+            self._alone.add(stage.identity)
+            return False
+        except Exception as error:
+            self._begin(stage)
+            self._fail(stage, *classify(error))
+            return False
+        if admitted:
+            self._begin(stage)
+        return admitted
+
+    def _take_leave(self, stage: Stage, left: Left) -> None:
+        """Store what a student that trained with others has become, or why it has not."""
+        if left.parked:
+            text = f"{stage.label}: out of memory beside the others; it goes on after them"
+            self._say("message", stage, {"text": text})
+        elif left.error is not None:
+            self._fail(stage, *classify(left.error))
+        else:
+            from .stages.train import write
+
+            try:
+                self._write(stage, lambda draft: write(stage, self.bench, draft, left.member))
+            except StoreError:
+                raise
+            except Exception as error:
+                self._fail(stage, *classify(error))
+            else:
+                self._end(stage)
 
     def _blocked(self, stage: Stage) -> bool:
         """Whether an input of ``stage`` has failed, which is then its own failure."""
@@ -91,7 +208,7 @@ class Walk:
 
     def _make(self, stage: Stage) -> None:
         """Make ``stage``, whose lock is held, remaking inputs that turn out to be damaged."""
-        self._say("start", stage)
+        self._begin(stage)
         done = False
         while not done and not self._blocked(stage):
             try:
@@ -102,19 +219,30 @@ class Walk:
                 self._fail(stage, *classify(error))
                 return
         if done:
-            self.made.append(stage.identity)
-            self._say("done", stage)
+            self._end(stage)
+
+    def _begin(self, stage: Stage) -> None:
+        # said once of one that was parked
+        if stage.identity not in self._begun:
+            self._begun.add(stage.identity)
+            self._say("start", stage)
+
+    def _end(self, stage: Stage) -> None:
+        self.made.append(stage.identity)
+        self._ended.add(stage.identity)
+        self._begun.discard(stage.identity)
+        self._say("done", stage)
 
     def _once(self, stage: Stage) -> bool:
         """Whether the stage was made; False after a damaged input was mended."""
         try:
-            self._write(stage)
+            self._write(stage, lambda draft: maker(stage.kind)(stage, self.bench, draft))
         except CorruptArtifact as damage:
             self.repair(damage)
             return False
         return True
 
-    def _write(self, stage: Stage) -> None:
+    def _write(self, stage: Stage, make: Callable[[Draft], None]) -> None:
         # not before there is work to do: a finished suite is recognised without torch
         import torch
 
@@ -124,7 +252,7 @@ class Walk:
             draft.meta["device"] = self.bench.device
             draft.meta["threads"] = torch.get_num_threads()
             draft.meta["sources"] = sources(stage, self.bench.registry)
-            maker(stage.kind)(stage, self.bench, draft)
+            make(draft)
         store.drop_work(stage.identity)
 
     def repair(self, damage: CorruptArtifact) -> None:
@@ -173,6 +301,7 @@ class Walk:
 
     def _fail(self, stage: Stage, reason: str, category: str) -> None:
         self.failed[stage.identity] = reason
+        self._begun.discard(stage.identity)
         # columns that stay empty are no failure
         self._stopped = self._stopped or (self.fail_fast and category != UNAVAILABLE)
         self.bench.store.fail(stage.identity, stage.label, reason, category)

@@ -190,7 +190,7 @@ def _costs(survey: Survey, cell: Cell, trained: Trained) -> dict[str, Any]:
         return {}
     metas = [survey.store.manifest(name).meta for name in trained.students]
     called = [(meta["cost"], calls) for meta, calls in zip(metas, cell.calls, strict=True)]
-    seconds = _seconds(survey, trained.students)
+    seconds, shared_with = _seconds(survey, trained.students)
     return {
         "params_total": sum(cost["params"] for cost, _ in called),
         "params_active": max((cost["params"] for cost, calls in called if calls), default=0),
@@ -198,12 +198,17 @@ def _costs(survey: Survey, cell: Cell, trained: Trained) -> dict[str, Any]:
         "macs_per_image": sum(cost["macs"] * calls for cost, calls in called),
         "train_seconds": seconds if trained.jobs else None,
         "device_seconds": seconds if trained.jobs and str(metas[0].get("device", "")).startswith("cuda") else None,
+        "shared_with": shared_with if trained.jobs else None,
     }
 
 
-def _seconds(survey: Survey, names: tuple[str, ...]) -> float:
-    """Training seconds of these artifacts and of what they continue, each counted once."""
-    total, seen, queue = 0.0, set(), list(names)
+def _seconds(survey: Survey, names: tuple[str, ...]) -> tuple[float, int]:
+    """Training seconds of these artifacts and of what they continue, each counted once.
+
+    Also with how many other students one of them at most shared a pass of its teacher: then these seconds hold equal
+    parts of what was done for all.
+    """
+    total, most, seen, queue = 0.0, 0, set(), list(names)
     while queue:
         name = queue.pop()
         if name in seen or not survey.present(name):
@@ -212,8 +217,9 @@ def _seconds(survey: Survey, names: tuple[str, ...]) -> float:
         manifest = survey.store.manifest(name)
         if manifest.kind in ("state", "student", "round"):
             total += manifest.meta.get("seconds", 0.0)
+            most = max(most, manifest.meta.get("shared_with", 0))
             queue += [n for slot in ("start", "before") for n in manifest.needs.get(slot, ())]
-    return total
+    return total, most
 
 
 def picture_name(cell: Cell) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_networks import ALL, SCHEDULE, TABLES, Denoiser, call, noised, setting, wide
+from tiny_networks import ALL, SCHEDULE, TABLES, Denoiser, call, learn, noised, setting, wide
 from torch import nn
 
 from o2mkd_bench.core.blocks import Training
@@ -10,10 +10,11 @@ from o2mkd_bench.core.errors import PluginError, UserError
 from o2mkd_bench.core.intervals import Interval
 from o2mkd_bench.core.options import Options
 from o2mkd_bench.engine.denoiser import Experts
-from o2mkd_bench.engine.distil import CHUNK, Distil, Methods, Teacher
+from o2mkd_bench.engine.distil import Distil, Methods
 from o2mkd_bench.engine.kd import KDMethod
 from o2mkd_bench.engine.learner import Course, Learner
-from o2mkd_bench.engine.loop import Watch, train
+from o2mkd_bench.engine.loop import Member, train
+from o2mkd_bench.engine.shared import CHUNK, Teacher
 
 
 class Hint(KDMethod):
@@ -69,7 +70,7 @@ ROWS = torch.tensor([1, 5, 33, 34, 79])
 def test_terms_are_what_a_hand_computation_gives():
     s, method = setting(), Hint()
     objective, student, teacher = make(s, method)
-    loss, terms = objective.loss(s.stream.batch_at(7), ROWS, 7)
+    loss, terms = learn(objective, 7, ROWS)
     x0, noise, t, alpha, sigma, x_t = noised(s, 7, ROWS)
     v = teacher(x_t, t)
     expected = wide(sigma) * x_t + wide(alpha) * v
@@ -90,7 +91,7 @@ def test_terms_are_what_a_hand_computation_gives():
 def test_the_teacher_gets_no_gradient_and_the_adapter_does():
     s, method = setting(), Hint()
     objective, student, _ = make(s, method)
-    objective.loss(s.stream.batch_at(0), ROWS, 0)[0].backward()
+    learn(objective, 0, ROWS)[0].backward()
     assert all(p.grad is not None for p in student.parameters())
     assert method.adapter.weight.grad is not None
     assert not any(ctx.teacher.requires_grad for ctx in method.seen)
@@ -99,11 +100,11 @@ def test_the_teacher_gets_no_gradient_and_the_adapter_does():
 def test_alone_and_together_the_teacher_says_the_same_bits():
     s, together, alone = setting(), Hint(), Hint()
     batch = s.stream.batch_at(3)
-    make(s, together)[0].loss(batch, torch.arange(80), 3)
+    learn(make(s, together)[0], 3, torch.arange(80))
     for interval in (Interval(0, 300), Interval(300, 1000)):
         rows = s.stream.rows_in(batch, interval)
         objective, student, _ = make(s, alone)
-        loss, _ = objective.loss(batch, rows, 3)
+        loss, _ = learn(objective, 3, rows)
         loss.backward()
         ctx = alone.seen[-1]
         assert all(t in interval for t in ctx.t.tolist())
@@ -126,9 +127,9 @@ def test_the_teacher_sees_fixed_chunks_whoever_asks():
     s, sizes = setting(), []
     objective, _, teacher = make(s)
     teacher.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
-    objective.loss(s.stream.batch_at(0), torch.tensor([3]), 0)
+    learn(objective, 0, torch.tensor([3]))
     assert sizes == [CHUNK]
-    objective.loss(s.stream.batch_at(0), torch.tensor([0, 70]), 0)
+    learn(objective, 0, torch.tensor([0, 70]))
     assert sizes == [CHUNK, CHUNK, 80 - 2 * CHUNK]
 
 
@@ -140,19 +141,19 @@ def test_images_of_other_intervals_do_not_matter():
     pixels = s.data.clone()
     pixels[[i for i in range(50) if i not in used]] = 0
     assert not torch.equal(pixels, s.data)
-    losses = [make(one)[0].loss(batch, rows, 3)[0] for one in (s, setting(data=pixels))]
+    losses = [learn(make(one)[0], 3, rows)[0] for one in (s, setting(data=pixels))]
     assert torch.equal(*losses)
 
 
 def test_without_a_teacher_only_the_rows_are_computed():
     s, student = setting(prediction="v_prediction"), Denoiser(2, seed=1)
     objective = Distil(s, call(student), Methods({"plain": Plain(Options())}), None)
-    _, terms = objective.loss(s.stream.batch_at(2), ROWS, 2)
+    _, terms = learn(objective, 2, ROWS)
     x0, noise, t, alpha, sigma, x_t = noised(s, 2, ROWS)
     expected = (student(x_t, t) - (wide(alpha) * noise - wide(sigma) * x0)).square().mean()
     torch.testing.assert_close(terms["plain/task"], expected)
-    again = objective.loss(s.stream.batch_at(2), ROWS, 2)[1]["plain/draw"]
-    other = objective.loss(s.stream.batch_at(3), ROWS, 3)[1]["plain/draw"]
+    again = learn(objective, 2, ROWS)[1]["plain/draw"]
+    other = learn(objective, 3, ROWS)[1]["plain/draw"]
     assert terms["plain/draw"] == again != other
 
 
@@ -160,7 +161,7 @@ def test_losses_are_float32_in_every_precision():
     s, method = setting(), Hint()
     student, teacher = Denoiser(2, seed=1), Denoiser(4, seed=2).requires_grad_(False)
     objective = Distil(s, call(student, "bf16"), Methods({"hint": method}), Teacher(call(teacher, "bf16"), "epsilon"))
-    loss, terms = objective.loss(s.stream.batch_at(0), ROWS, 0)
+    loss, terms = learn(objective, 0, ROWS)
     ctx = method.seen[0]
     for value in (loss, *terms.values(), ctx.student, ctx.teacher, *ctx.student_features.values()):
         assert value.dtype == torch.float32
@@ -176,7 +177,7 @@ def test_adapters_start_from_the_seed_are_trained_and_are_no_part_of_the_student
         starts.append(method.adapter.weight.detach().clone())
     assert torch.equal(*starts)
     learner = Learner(student, Training().model_dump(), Course(3, horizon=3), adapters=objective.adapters())
-    train(learner, objective, objective.setting.stream, ALL, Watch())
+    train(objective.setting.source(), Member(learner, objective, ALL))
     assert not torch.equal(method.adapter.weight, starts[0])
     assert set(learner.network.state_dict()) == set(learner.ema.module.state_dict()) == set(Denoiser().state_dict())
     assert not torch.equal(make(setting(seed=1), method)[0].adapters()["hint"].weight, starts[0])
@@ -184,7 +185,7 @@ def test_adapters_start_from_the_seed_are_trained_and_are_no_part_of_the_student
 
 def test_no_hook_stays_in_any_network():
     objective, student, teacher = make()
-    objective.loss(objective.setting.stream.batch_at(0), ROWS, 0)
+    learn(objective, 0, ROWS)
     average = Learner(student, Training().model_dump(), Course(1, horizon=1)).ema.module
     for network in (student, teacher, average):
         assert not any(module._forward_hooks for module in network.modules())
@@ -201,7 +202,7 @@ def test_no_hook_stays_in_any_network():
 def test_a_method_that_breaks_its_contract_is_told_so(method, told):
     objective, _, _ = make(method=method)
     with pytest.raises(PluginError, match=told):
-        objective.loss(objective.setting.stream.batch_at(0), ROWS, 0)
+        learn(objective, 0, ROWS)
 
 
 def test_a_missing_feature_is_an_error_before_the_first_step():

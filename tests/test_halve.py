@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_networks import SCHEDULE, TABLES, call, setting, wide
+from tiny_networks import SCHEDULE, TABLES, call, learn, setting, wide
 from torch import nn
 
 from o2mkd_bench.core.errors import PluginError
@@ -96,7 +96,7 @@ def test_loss_is_that_of_two_steps_written_out(clip, predictions):
     before = Experts([call(n) for n in networks], edges, predictions, TABLES)
     objective = Halve(s, call(student), before, GRID, FINE, clip)
     rows = torch.tensor([0, 1, 2, 4, 5, 7])
-    loss, terms = objective.loss(s.stream.batch_at(2), rows, 2)
+    loss, terms = learn(objective, 2, rows, objective.source())
     x, times = on_grid(s, 2, rows)
     assert min(times) == min(GRID), "the last step, to sigma 0, is among them"
     assert {(a < 700) != (b < 700) for a, b in zip(FINE[::2], FINE[1::2], strict=True)} == {True, False}
@@ -117,7 +117,7 @@ def test_convert_learns_the_round_before_in_another_type(clip):
     rows = torch.arange(8)
     x, times = on_grid(s, 0, rows)
     targets = [predict(teacher, "epsilon", x_i, t, clip)[0] for x_i, t in zip(x, times, strict=True)]
-    loss, _ = objective.loss(s.stream.batch_at(0), rows, 0)
+    loss, _ = learn(objective, 0, rows, objective.source())
     assert float(loss) == pytest.approx(expected_loss(student, "v_prediction", targets, x, times), rel=2e-4)
 
 
@@ -144,7 +144,7 @@ def test_the_exact_halved_student_of_a_gaussian_has_no_loss():
         s = setting(batch=8, entries=4)
         before = Experts([call(Table(teacher))], [], ["epsilon"], TABLES)
         objective = Halve(s, call(Table(student)), before, GRID, FINE, "none")
-        losses[name] = float(objective.loss(s.stream.batch_at(0), torch.arange(8), 0)[0])
+        losses[name] = float(learn(objective, 0, torch.arange(8), objective.source())[0])
     assert losses["halved"] < 1e-6
     assert losses["teacher"] > 1e-3, "two steps of a Gaussian's denoiser are not one"
 
@@ -154,7 +154,7 @@ def test_a_teacher_whose_paths_are_straight_is_its_own_student():
     s = setting(batch=8, entries=4)
     before = Experts([call(Table(point))], [], ["epsilon"], TABLES)
     objective = Halve(s, call(Table(point)), before, GRID, FINE, "x0")
-    assert float(objective.loss(s.stream.batch_at(0), torch.arange(8), 0)[0]) < 1e-6
+    assert float(learn(objective, 0, torch.arange(8), objective.source())[0]) < 1e-6
 
 
 def test_an_expert_learns_its_own_entries_only():
@@ -164,7 +164,7 @@ def test_an_expert_learns_its_own_entries_only():
     student.register_forward_hook(lambda module, inputs, out: seen.extend(inputs[1].tolist()))
     objective = Halve(s, call(student), Experts([call(Bend(0.3))], [], ["epsilon"], TABLES), GRID, FINE, "x0")
     batch = s.stream.batch_at(0)
-    objective.loss(batch, s.stream.rows_in(batch, s.interval), 0)
+    learn(objective, 0, s.stream.rows_in(batch, s.interval), objective.source())
     assert set(seen) == set(sorted(GRID)[1:3])
 
 

@@ -148,6 +148,53 @@ def test_an_expert_continues_the_warm_up_as_if_it_were_one_run(tmp_path, optimiz
     assert same(everything(straight), everything(expert))
 
 
+class Convolutions(nn.Sequential):
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 3, 3, padding=1))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_channels_last_network_goes_on_as_if_nothing_had_happened(tmp_path, optimizer):
+    def made(seed):
+        settings = Training(lr=0.01, warmup=0.0, optimizer=optimizer, clip=1.0).model_dump()
+        return Learner(Convolutions(seed).to(memory_format=torch.channels_last), settings, Course(6, horizon=6))
+
+    def steps(one, which):
+        for step in which:
+            x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            one.step((one.network(x.to(memory_format=torch.channels_last)) - x.flip(1)).square().mean())
+
+    straight, first, second = made(0), made(0), made(1)
+    steps(straight, range(6))
+    steps(first, range(3))
+    first.save(tmp_path / "state.safetensors", {})
+    second.load(tmp_path / "state.safetensors", resume=True)
+    for one in (first, second):
+        weight = one.network[0].weight
+        assert weight.stride() != weight.contiguous().stride()
+        # fused optimisers need what they work on to be strided alike
+        for parameter, state in one.optimizer.state.items():
+            assert {v.stride() for v in state.values() if v.dim()} == {parameter.stride()}
+        assert one.ema.module[0].weight.stride() == weight.stride()
+    steps(second, range(3, 6))
+    assert same(everything(straight), everything(second))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_average_covers_what_is_no_parameter(normalised):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if normalised else nn.Identity())
+    one = Learner(net, Training(warmup=0.0, ema=1.0).model_dump(), Course(3, horizon=3))
+    seen = []
+    for step in range(3):
+        one.step(one.network(torch.randn(8, 3, generator=torch.Generator().manual_seed(step))).square().mean())
+        seen.append({k: v.clone() for k, v in net.state_dict().items()})
+    for name, value in one.ema.module.state_dict().items():
+        mean = torch.stack([s[name] for s in seen]).double().mean(0) if value.is_floating_point() else seen[-1][name]
+        torch.testing.assert_close(value.double(), mean.double(), rtol=0, atol=1e-6)
+
+
 def test_fp16_scales_the_loss_and_passes_over_what_overflows(tmp_path):
     one = learner(Course(10, horizon=10), precision="fp16", clip=1.0)
     train(one, range(2))
@@ -182,3 +229,24 @@ def test_weights_of_another_network_are_refused(tmp_path):
     other = Learner(nn.Linear(3, 1), Training().model_dump(), Course(1, horizon=1))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load(tmp_path / "state.safetensors", resume=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_never_waits_for_the_device(tmp_path, optimizer, precision):
+    net = Convolutions(0).cuda().to(memory_format=torch.channels_last)
+    settings = Training(warmup=0.0, optimizer=optimizer, clip=1.0).model_dump()
+    one = Learner(net, settings, Course(4, horizon=4), precision)
+    x = torch.randn(4, 3, 6, 6, device="cuda").to(memory_format=torch.channels_last)
+    one.step(net(x).square().mean())
+    one.save(tmp_path / "state.safetensors", {})
+    one.load(tmp_path / "state.safetensors", resume=True)
+    one.step(net(x).square().mean())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.step(net(x).square().mean())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in net.parameters())

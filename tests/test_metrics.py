@@ -17,6 +17,9 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch_fidelity import registry
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from o2mkd_bench.core.data import Images
 from o2mkd_bench.core.errors import NetworkUnavailable, UserError
@@ -25,10 +28,12 @@ from o2mkd_bench.core.identity import resolved
 from o2mkd_bench.engine.scoring import Metric, extract
 from o2mkd_plugins.datasets.digits import Digits
 from o2mkd_plugins.datasets.options import DigitsOptions
-from o2mkd_plugins.metrics import extractors, networks
+from o2mkd_plugins.metrics import distances, extractors, networks
 from o2mkd_plugins.metrics import options as metric_options
+from o2mkd_plugins.metrics.distances import frechet_distance, kernel_distance, precision_recall
 from o2mkd_plugins.metrics.extractors import load_embedded, load_inception, load_network, load_timm
 from o2mkd_plugins.metrics.fidelity import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
+from o2mkd_plugins.metrics.inception import FoldedInception
 from o2mkd_plugins.metrics.options import (
     INCEPTION_SHA256,
     WEIGHTS,
@@ -232,6 +237,67 @@ def test_metrics_refuse_fewer_images_than_they_divide(digits: Images) -> None:
     assert set(frechet.compute(features, features)) == set(fid_columns(frechet.options, "digits"))
 
 
+# --- the same numbers on CUDA ---
+
+
+def gaussians(width: int, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated features, cut below zero as pooled ones are, of two sets that differ."""
+    draw = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=draw) / width**0.5
+    ours, theirs = (torch.randn(count, width, generator=draw) @ mix for count in (n, m))
+    return (ours * 1.1 + 0.1).relu(), theirs.relu()
+
+
+@pytest.mark.parametrize(
+    ("width", "n", "m"), [(64, 500, 400), (64, 40, 500), (64, 40, 30), (64, 2, 2), (2048, 300, 200)]
+)
+def test_frechet_distance_is_torch_fidelitys(width: int, n: int, m: int) -> None:
+    ours, theirs = gaussians(width, n, m)
+    statistics = [fid_features_to_statistics(part.double()) for part in (ours, theirs)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(ours, theirs) == pytest.approx(expected, rel=1e-5, abs=1e-3)
+    assert expected > 1
+
+
+def test_frechet_distance_of_equal_features_is_zero() -> None:
+    for n in (40, 500):
+        ours, _ = gaussians(64, n, n)
+        assert frechet_distance(ours, ours) == pytest.approx(0, abs=1e-5)
+
+
+def test_kernel_distance_is_torch_fidelitys() -> None:
+    ours, theirs = gaussians(64, 300, 200)
+    found = kernel_distance(ours, theirs, subsets=7, size=50, seed=2020)
+    expected = kid_features_to_metric(
+        ours.double(), theirs.double(), kid_subsets=7, kid_subset_size=50, rng_seed=2020, verbose=False
+    )["kernel_inception_distance_mean"]
+    assert found == pytest.approx(expected, rel=1e-10)
+    assert expected > 0.01
+
+
+def test_precision_and_recall_are_torch_fidelitys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "ROWS", 70)
+    ours, theirs = gaussians(64, 300, 200)
+    ours = ours[:, :8]
+    theirs = theirs[:, :8] + 0.5
+    expected = prc_features_to_metric(ours, theirs, prc_neighborhood=3, verbose=False)
+    assert precision_recall(ours, theirs, 3) == (expected["precision"], expected["recall"])
+    assert 0 < expected["precision"] != expected["recall"] > 0
+
+
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_scores_do_not_depend_on_where_they_are_taken(digits: Images, device: str) -> None:
+    network = load_embedded("digits", ["features", "logits"])
+    ours, theirs = (extract(network, part) for part in (digits.train[:700] ^ 16, digits.train))
+    for metric in all_metrics():
+        expected = metric.compute(ours, theirs)
+        metric.device = device
+        assert metric.compute(ours, theirs) == pytest.approx(expected, rel=1e-5, abs=2e-3)
+
+
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     script = Path(__file__).parents[1] / "tools" / "train_feature_net.py"
@@ -293,6 +359,43 @@ def test_inception_is_torch_fidelitys(untrained_inception: Path) -> None:
     assert list(ours) == ["2048", "logits_unbiased"]
     assert network.width is None
     assert extract(network, images[:, :1])["2048"].shape == (2, 2048)
+
+
+def lively(path: Path) -> FeatureExtractorInceptionV3:
+    """The same network with statistics and scales that batch norm can be seen by."""
+    network = FeatureExtractorInceptionV3("x", ["logits_unbiased", "2048"], feature_extractor_weights_path=str(path))
+    draw = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            module.weight.uniform_(0.5, 1.5, generator=draw)
+            module.bias.uniform_(-0.5, 0.5, generator=draw)
+    network.train()(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=draw))
+    return network.eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_folded_inception_has_the_same_features(untrained_inception: Path, device: str) -> None:
+    network = lively(untrained_inception)
+    for height, width in ((32, 32), (5, 310)):
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
+        expected = network(torch.from_numpy(images))
+        assert expected[1].std(dim=0).mean() > 0.01
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found = FoldedInception(network).to(device)(torch.from_numpy(images).to(device))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.cpu() - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_inception_on_cuda_is_the_folded_one_of_the_same_layers(untrained_inception: Path) -> None:
+    network = load_inception(untrained_inception, ["2048"], sha256=file_sha256(untrained_inception))
+    before = {name: value.clone() for name, value in network.extractor.state_dict().items()}
+    fast = network.fast()
+    assert isinstance(fast, FoldedInception)
+    assert fast.get_requested_features_list() == ["2048"]
+    assert len(fast(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))) == 1
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
+    assert all(torch.equal(before[name], value) for name, value in network.extractor.state_dict().items())
 
 
 def test_other_weights_never_fill_the_fid_column(untrained_inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:

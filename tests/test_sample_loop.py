@@ -11,9 +11,10 @@ from torch import nn
 from o2mkd_bench import Line, NoiseSchedule, Program
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.grid import time_grid
+from o2mkd_bench.engine.denoiser import Call
 from o2mkd_bench.engine.kd import convert
 from o2mkd_bench.engine.router import Router
-from o2mkd_bench.engine.sample import CountingDenoiser, run_program, sample_images, to_uint8
+from o2mkd_bench.engine.sample import CountingDenoiser, auto_batch, batch_within, run_program, sample_images, to_uint8
 from o2mkd_plugins.samplers.ddim import DDIM
 from o2mkd_plugins.samplers.ddpm import DDPM
 from o2mkd_plugins.samplers.dpm_solver import DPMSolver
@@ -47,6 +48,20 @@ def scaled(network, x, t):
     assert t.dtype == torch.int64
     assert t.shape == (len(x),)
     return network.factor * x
+
+
+class Family:
+    """As much of a model family as a call needs."""
+
+    def __init__(self, forward):
+        self._forward = forward
+
+    def forward(self, network, x, t, condition=None):
+        return self._forward(network, x, t)
+
+
+def route(networks, edges=(), forward=scaled, precision="fp32"):
+    return Router([Call(Family(forward), network, precision) for network in networks], edges)
 
 
 class TestRunProgram:
@@ -113,9 +128,7 @@ class TestRunProgram:
     def test_gradients_are_not_recorded(self):
         network = Scale(0.5)
         program = Program((Line(400, x0={0: 1.0}),))
-        assert not run_program(
-            program, SCHEDULE, Router([network], [], scaled), noise_for([0], 0), no_noise
-        ).requires_grad
+        assert not run_program(program, SCHEDULE, route([network]), noise_for([0], 0), no_noise).requires_grad
 
 
 class TestProgram:
@@ -156,6 +169,41 @@ class TestSampleImages:
         levels = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, 1 / 255, 2.9 / 255])
         assert to_uint8(levels).tolist() == [0, 0, 128, 255, 255, 128, 129]
 
+    @pytest.mark.parametrize(
+        ("batch", "room", "tried", "arrived"),
+        [(16, 3, [3], [3, 6, 7]), (4, 2, [2], [2, 4, 6, 7]), (7, 1, [3, 1], [*range(1, 8)])],
+    )
+    def test_out_of_memory_halves_the_batch_and_changes_no_image(self, batch, room, tried, arrived):
+        program = DDIM(DDIMOptions(eta=1.0)).program(SCHEDULE, time_grid("leading", 4))
+        whole = sample_images(program, SCHEDULE, half, noise_for, torch.arange(7), 7)
+        halved, done, calls = [], [], [0]
+
+        def tight(x, t):
+            calls[0] += 1
+            if len(x) > room and calls[0] % 3 == 2:
+                raise torch.OutOfMemoryError("no room")
+            return half(x, t)
+
+        found = sample_images(
+            program, SCHEDULE, tight, noise_for, torch.arange(7), batch, on_batch=done.append, on_halve=halved.append
+        )
+        assert (found.int() - whole.int()).abs().max() <= 1
+        assert (halved, done) == (tried, arrived)
+
+    def test_no_memory_for_one_image_is_an_error(self):
+        def never(x, t):
+            raise torch.OutOfMemoryError("no room")
+
+        program = DDIM(DDIMOptions()).program(SCHEDULE, time_grid("leading", 4))
+        with pytest.raises(torch.OutOfMemoryError):
+            sample_images(program, SCHEDULE, never, noise_for, torch.arange(3), 2)
+
+    def test_batch_auto(self):
+        assert auto_batch(lambda batch: pytest.fail("nothing to measure"), torch.device("cpu")) == 128
+        found = {each: batch_within(1000, each) for each in (4, 3.9, 3.91, 250, 251, 501, 1e9)}
+        assert found == {4: 64, 3.9: 128, 3.91: 64, 250: 2, 251: 1, 501: 1, 1e9: 1}
+        assert batch_within(10**12, 0) == 1024
+
     def test_counter_must_agree_with_the_declared_nfe(self):
         counted = CountingDenoiser(half)
         program = DDIM(DDIMOptions()).program(SCHEDULE, time_grid("leading", 4))
@@ -169,7 +217,7 @@ class TestSampleImages:
 
 class TestRouter:
     def test_edges_belong_to_the_noisier_interval(self):
-        router = Router([Scale(1.0), Scale(2.0), Scale(3.0)], (250, 600), scaled)
+        router = route([Scale(1.0), Scale(2.0), Scale(3.0)], (250, 600))
         assert [router.route(t) for t in (0, 249, 250, 599, 600, 999)] == [0, 0, 1, 1, 2, 2]
         x = torch.ones(2, *SHAPE)
         assert router(x, 249).unique().item() == 1
@@ -186,7 +234,7 @@ class TestRouter:
             return 0.5 * x
 
         networks = [Scale(1.0) for _ in range(4)]
-        router = Router(networks, edges, forward)
+        router = route(networks, edges, forward)
         seen = []
 
         def denoise(x, t):
@@ -208,7 +256,7 @@ class TestRouter:
         alpha, sigma = (torch.full((2,), float(table[400])) for table in (SCHEDULE.alpha, SCHEDULE.sigma))
         x = alpha[0] * x0 + sigma[0] * noise
         answer = convert(noise, "epsilon", prediction, x, alpha, sigma)
-        router = Router([Scale(1.0)], (), lambda network, x, t: answer)
+        router = route([Scale(1.0)], forward=lambda network, x, t: answer)
         torch.testing.assert_close(router.epsilon(SCHEDULE, prediction)(x, 400), noise, rtol=0, atol=1e-5)
 
     def test_network_runs_in_its_dtype_and_the_result_is_float32(self):
@@ -221,11 +269,21 @@ class TestRouter:
 
         network = nn.Conv2d(1, 1, 1)
         x = torch.ones(1, *SHAPE)
-        for dtype in (torch.float32, torch.bfloat16):
-            assert Router([network], (), forward, dtype)(x, 5).dtype == torch.float32
+        for precision in ("fp32", "bf16"):
+            assert route([network], (), forward, precision)(x, 5).dtype == torch.float32
         assert seen == [torch.float32, torch.bfloat16]
+
+    def test_every_network_is_asked_to_see_what_it_takes(self):
+        seen = []
+
+        def forward(network, x, t):
+            seen.append((network.factor.item(), tuple(x.shape), tuple(t.shape), torch.is_grad_enabled()))
+            return x
+
+        route([Scale(1.0), Scale(2.0)], (5,), forward).ask_all(SHAPE, torch.device("cpu"), 3)
+        assert seen == [(factor, (3, *SHAPE), (3,), False) for factor in (1.0, 2.0)]
 
     @pytest.mark.parametrize(("count", "edges"), [(2, ()), (1, (5,)), (3, (5, 5)), (3, (7, 5))])
     def test_networks_that_do_not_fit_the_edges_are_refused(self, count, edges):
         with pytest.raises(ValueError, match="do not fit the inner edges"):
-            Router([Scale(1.0)] * count, edges, scaled)
+            route([Scale(1.0)] * count, edges)

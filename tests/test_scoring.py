@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from o2mkd_bench import Metric, Options, UserError
 from o2mkd_bench.engine.scoring import (
     FeatureNetwork,
     Protocol,
+    _ahead,
     check_width,
     extract,
+    extract_ahead,
 )
 
 
@@ -66,6 +70,71 @@ def test_extract_refuses_what_the_network_does_not_take() -> None:
     grey = replace(means(["mean"]), channels=1)
     with pytest.raises(UserError, match="takes images of 1 channels, not 3"):
         extract(grey, images(2))
+
+
+class Sizes(Means):
+    """Notes the batches it gets; one larger than ``room`` does not fit into memory."""
+
+    def __init__(self, room: int = 99) -> None:
+        super().__init__("sizes", ["mean", "corner"])
+        self.room, self.seen = room, []
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        self.seen.append(len(input))
+        if len(input) > self.room:
+            raise torch.OutOfMemoryError
+        return super().forward(input)
+
+
+def ahead(module: Sizes, pixels: np.ndarray, batch: int, channels_last: bool = True) -> dict[str, Tensor]:
+    return extract_ahead(module, torch.from_numpy(pixels), 3, batch, torch.device("cpu"), channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("n", "sizes"), [(10, [4, 4, 4]), (8, [4, 4]), (3, [3]), (1, [1])])
+def test_batches_have_one_size_and_what_fills_the_last_is_cut(n: int, sizes: list[int], channels_last: bool) -> None:
+    module, x = Sizes(), images(n, channels=1)
+    found = ahead(module, x, 4, channels_last)
+    assert module.seen == sizes
+    plain = extract(means(["mean", "corner"]), x)
+    assert list(found) == list(plain)
+    for layer, value in plain.items():
+        torch.testing.assert_close(found[layer], value, rtol=0, atol=0)
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    module, x = Sizes(room=2), images(5)
+    found = ahead(module, x, 8)
+    assert module.seen == [5, 2, 2, 2]
+    torch.testing.assert_close(found["mean"], extract(means(["mean"]), x)["mean"], rtol=0, atol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        ahead(Sizes(room=0), x, 8)
+
+
+def test_the_next_batch_is_copied_while_this_one_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    working = SimpleNamespace(wait_stream=lambda other: told.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: working)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: told.append(f"copy {self[0]:d}") or self)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: told.append(f"keep {self[0]:d}"))
+    for chunk in _ahead(torch.arange(3).split(1), torch.device("cpu")):
+        told.append(f"work {chunk[0]:d}")
+    first = ["copy 0", "wait", "keep 0", "copy 1", "work 0"]
+    assert told == [*first, "wait", "keep 1", "copy 2", "work 1", "wait", "keep 2", "work 2"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_features_on_cuda_are_those_of_the_cpu(place: str) -> None:
+    x = torch.from_numpy(images(1000))
+    network = means(["mean", "corner"])
+    expected = extract(network, x)
+    network = replace(network, fast=lambda: Means("fast", ["mean", "corner"]))
+    for layer, value in extract(network, x.to(place), batch=96, device="cuda").items():
+        torch.testing.assert_close(value, expected[layer])
 
 
 def test_features_may_be_a_tenth_of_the_images_and_no_more() -> None:

@@ -79,6 +79,36 @@ def test_batches_are_pure_and_differ():
     assert not torch.equal(stream(seed=1).batch_at(7).index, earlier.index)
 
 
+def test_a_step_is_the_same_whichever_steps_were_asked_for_before():
+    source = stream()
+    alone = {step: stream().batch_at(step) for step in (0, 31, 32, 40, (1 << 31) - 1)}
+    for step in (40, 0, 31, 32, (1 << 31) - 1, 40, 0):
+        found = source.batch_at(step)
+        assert found.step == step
+        assert torch.equal(found.host_t, found.t)
+        for name in ("index", "t", "flip", "groups"):
+            assert torch.equal(getattr(found, name), getattr(alone[step], name))
+
+
+def test_the_numbers_of_a_step_are_these():
+    batch = stream(batch=6, count=1000).batch_at(33)
+    assert batch.index.tolist() == [72, 941, 138, 464, 964, 187]
+    assert batch.t.tolist() == [3, 191, 461, 520, 744, 908]
+    assert batch.flip.tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("law", [UNIFORM, SKEWED])
+@pytest.mark.parametrize("interval", [(0, 1000), (0, 30), (29, 31), (100, 101), (700, 1000), (990, 5000)])
+def test_rows_of_an_interval_are_all_that_lie_in_it(law, interval):
+    source = stream(law=law)
+    for step in range(40):
+        batch = source.batch_at(step)
+        rows = [i for i, t in enumerate(batch.t.tolist()) if interval[0] <= t < interval[1]]
+        found = source.rows_in(batch, Interval(*interval))
+        assert found.dtype == torch.int64
+        assert found.tolist() == rows
+
+
 def test_dtypes_and_groups():
     batch = stream(batch=70, group=32).batch_at(0)
     assert {batch.index.dtype, batch.t.dtype, batch.groups.dtype} == {torch.int64}
@@ -180,9 +210,27 @@ def test_devices_agree():
     for name in ("index", "t", "flip", "groups"):
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
     rows = source.rows_in(there, Interval(0, 500))
-    assert rows.is_cuda
+    assert not rows.is_cuda
+    rows = rows.cuda()
     noise = source.noise(there, (3, 8, 8), rows)
     torch.testing.assert_close(noise.cpu(), source.noise(here, (3, 8, 8), rows.cpu()), rtol=1e-6, atol=1e-7)
     data = torch.arange(50 * 12).remainder(256).to(torch.uint8).view(50, 3, 2, 2)
     images = source.images(there, data.cuda(), rows).cpu()
     torch.testing.assert_close(images, source.images(here, data, rows.cpu()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_device():
+    source = stream()
+    data = torch.arange(50 * 12).remainder(256).to(torch.uint8).view(50, 3, 2, 2).cuda()
+    source.noise(source.batch_at(31, "cuda"), (3, 2, 2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (32, 33):
+            batch = source.batch_at(step, "cuda")
+            source.rows_in(batch, Interval(0, 500))
+            images, noise = source.images(batch, data), source.noise(batch, (3, 2, 2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert images.shape == noise.shape == (24, 3, 2, 2)

@@ -46,6 +46,13 @@ def setting(batch=80, interval=ALL, entries=1000, prediction="epsilon", data=Non
     return Setting(stream, torch.as_tensor(pixels), TABLES, prediction, interval, 100)
 
 
+def learn(objective, step, rows, source=None):
+    """Loss and terms of one step for a student that is alone with these rows."""
+    source = source or objective.setting.source()
+    view = source.at(source.stream.batch_at(step, source.data.device), [(objective, rows)])
+    return objective.loss(view, rows, step)
+
+
 def wide(value):
     return value.view(-1, 1, 1, 1)
 

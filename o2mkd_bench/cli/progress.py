@@ -60,7 +60,7 @@ class Progress(AbstractContextManager["Progress"]):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.total = self.number = self.made = self.reused = self.failed = 0
-        # more than one while a damaged input is made anew for the stage below
+        # several while students train together, or while a damaged input is made anew for the stage below
         self.running: list[Running] = []
         self._began = clock()
 
@@ -89,8 +89,9 @@ class Progress(AbstractContextManager["Progress"]):
         self.reused += 1
 
     def on_progress(self, event: Event) -> None:
-        if self.running:
-            self.running[-1].read(self.clock(), event.data)
+        for one in self.running:
+            if one.stage == event.stage:
+                one.read(self.clock(), event.data)
 
     def on_done(self, event: Event) -> None:
         self.made += 1

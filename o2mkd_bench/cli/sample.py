@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from ..core.plan import Cell, Plan
 
+# Fewer images are drawn before a compiler is done.
+WORTH_COMPILING = 2048
+
 
 def sample(
     cell: Annotated[
@@ -54,6 +57,7 @@ def sample(
             raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.root}; run its suite first")
     quiet()
     from ..core.events import Event
+    from ..core.mode import PLAIN
     from ..stages.bench import Bench
     from ..stages.samples import draw
     from .progress import display
@@ -61,7 +65,8 @@ def sample(
     with display(sys.stderr) as progress:
         progress(Event("plan", data={"stages": 1, "reused": 0}))
         progress(Event("start", stage.identity, chosen.describe()))
-        bench = Bench(session.store, session.machine.device, progress, session.registry, session.machine.mode)
+        mode = session.machine.mode if n >= WORTH_COMPILING else PLAIN
+        bench = Bench(session.store, session.machine.device, progress, session.registry, mode)
         images = draw(bench, stage.spec, stage.needs["students"], range(n), stage).numpy()
         progress(Event("done", stage.identity, chosen.describe()))
     print(f"{counted(n, 'image')} in {save(images, out or Path(f'{chosen.identity[:8]}.png'))}")

@@ -110,6 +110,9 @@ class Inputs:
             "precision": self.suite.precision,
             "store_dtype": "fp32",
         }
-        local = {"checkpoint_every": self.suite.checkpoint_every}
+        local = {
+            "checkpoint_every": self.suite.checkpoint_every,
+            "checkpoint_activations": self.suite.checkpoint_activations,
+        }
         stage = Stage.make("teacher", f"teacher {entry.name}", spec, {"data": (source.stage,)}, local)
         return replace(made, stage=self.plan.add(stage))

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError
 from .options import Options
 
 if TYPE_CHECKING:
@@ -42,3 +43,22 @@ class ModelFamily(ABC):
     @abstractmethod
     def roles(self, network: nn.Module) -> dict[str, str]:
         """Role (``down.0`` … ``mid`` … ``up.3``) to module path."""
+
+    def optimise(self, network: nn.Module) -> nn.Module:
+        """An equivalent of a frozen network for inference on CUDA, perhaps with fused kernels; by default itself.
+
+        Called with a network in eval mode, in the dtype and layout in which it will run, when the mode compiles. It may
+        share weights with ``network``, which must go on working. A module path that both have gives the same output in
+        both; :meth:`forward` calls either.
+        """
+        return network
+
+    def checkpoint_activations(self, network: nn.Module) -> None:
+        """Make ``network`` compute its activations again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: for a family that cannot, which is the default.
+        """
+        raise UserError(
+            f"checkpoint_activations: networks of class {type(network).__name__} cannot; leave the key out of the suite"
+        )

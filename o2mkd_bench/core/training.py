@@ -198,7 +198,11 @@ class Trainer:
 
     @property
     def _local(self) -> dict[str, Any]:
-        return {"checkpoint_every": self.suite.checkpoint_every}
+        return {
+            "checkpoint_every": self.suite.checkpoint_every,
+            "checkpoint_activations": self.suite.checkpoint_activations,
+            "cohort": self.suite.cohort,
+        }
 
     def rounds(self, recipe: Recipe, trained: Trained, draw: Draw) -> Trained:
         """Train the rounds that a sampler needs on top of ``trained``; nothing for a training-free sampler.

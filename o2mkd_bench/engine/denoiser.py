@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from ..core.mode import PLAIN, Mode
 from ..core.models import ModelFamily
 from ..core.schedule import NoiseSchedule, Prediction
+from .compiled import Say, shared
 from .kd import convert
 from .taps import Taps
 
@@ -34,18 +38,69 @@ class Tables:
         return cls(*(torch.from_numpy(v.astype("float32")).to(device) for v in (a, s, (a / s) ** 2)))
 
 
-class Call:
-    """One network as a function of (x, t): autocast to the suite's precision, the result in float32."""
+def warn(text: str) -> None:
+    """Say it as a Python warning, where there is nobody else to tell."""
+    warnings.warn(text, stacklevel=2)
 
-    def __init__(self, family: ModelFamily, network: nn.Module, precision: str, mode: Mode = PLAIN) -> None:
+
+def forward(
+    family: ModelFamily, network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The raw prediction in float32, from ``x`` cast to ``dtype``; on CUDA laid out as ``x`` usually is."""
+    layout = torch.contiguous_format if x.is_cuda else torch.preserve_format
+    return family.forward(network, x.to(dtype), t, condition).to(torch.float32, memory_format=layout)
+
+
+def tapped_forward(
+    family: ModelFamily, network: nn.Module, x: Tensor, t: Tensor, taps: Taps, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`forward`, and what ``taps``, whose hooks stand in ``network``, have seen of it."""
+    return forward(family, network, x, t, None, dtype), taps.take()
+
+
+class Call:
+    """One network as a function of (x, t): in the suite's precision and mode, the result in float32.
+
+    On the CPU, and wherever gradients flow into the weights, these stay float32, and a narrow precision is autocast. On
+    CUDA the network is prepared in place: channels last for a narrow precision, and a frozen network's weights are cast
+    to it once. A frozen network that is compiled there runs as its family's ``optimise`` gives it.
+
+    Attributes:
+        network: the network that was given, for its modules and their paths.
+    """
+
+    def __init__(
+        self, family: ModelFamily, network: nn.Module, precision: str, mode: Mode = PLAIN, say: Say = warn
+    ) -> None:
+        """``say``: told once, in words, when the network cannot be compiled and runs uncompiled."""
         self.family = family
         self.network = network
         self.dtype = DTYPES[precision]
         self.mode = mode
+        self._say = say
+        cuda = any(p.is_cuda for p in network.parameters())
+        frozen = cuda and not any(p.requires_grad for p in network.parameters())
+        self._input = self.dtype if frozen else torch.float32
+        if cuda and self.dtype != torch.float32:
+            network.to(dtype=self._input, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._fast = family.optimise(network) if frozen and mode.compile != "off" else network
+        self._compiled = shared(forward, family, self._fast, mode.compile) if mode.compile != "off" else None
+
+    @property
+    def fallback(self) -> str | None:
+        """Why the network runs uncompiled though the mode asks for more, in one line."""
+        return None if self._compiled is None else self._compiled.reason
 
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.family.forward(self.network, x, t, condition).float()
+        """The raw prediction for ``x`` float32 (B, C, H, W) and ``t`` int64 (B,), float32 of the same shape."""
+        run: Callable[..., Tensor] = forward if self._compiled is None else partial(self._compiled, self._say)
+        found: Tensor = self._in_precision(run, self._fast, x, t, condition)
+        return found
+
+    def eager(self, x: Tensor, t: Tensor) -> Tensor:
+        """The same of the given network, never compiled: for a single call, and for hooks of one's own."""
+        found: Tensor = self._in_precision(forward, self.network, x, t, None)
+        return found
 
     def tapped(self, paths: Mapping[str, str], where: str) -> Tapped:
         """This call, giving the features of the modules at ``paths`` (name to path) too.
@@ -53,13 +108,27 @@ class Call:
         Raises:
             UserError: as :class:`o2mkd_bench.engine.taps.Taps` does, ``where`` being the network in words.
         """
-        taps = Taps(self.network, paths, where)
+        if not paths:
+            return lambda x, t: (self(x, t), {})
+        known = {path for path, _ in self._fast.named_modules()}
+        network = self._fast if known.issuperset(paths.values()) else self.network
+        taps = Taps(network, paths, where)
+        run: Callable[..., Any] = tapped_forward
+        if self.mode.compile != "off":
+            # torch.compile does not look whether there are hooks: a graph with some is never that without
+            variant: Hashable = tuple(paths.items())
+            run = partial(shared(run, self.family, network, self.mode.compile, variant), self._say)
 
-        def run(x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def ask(x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with taps:
-                return self(x, t), taps.take()
+                found: tuple[Tensor, dict[str, Tensor]] = self._in_precision(run, network, x, t, taps)
+                return found
 
-        return run
+        return ask
+
+    def _in_precision(self, run: Callable[..., Any], network: nn.Module, x: Tensor, t: Tensor, last: Any) -> Any:
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != self._input):
+            return run(self.family, network, x, t, last, self._input)
 
 
 class Experts:

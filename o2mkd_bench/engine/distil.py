@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from ..core.intervals import Interval
 from ..core.schedule import Prediction
 from .denoiser import Call, Tables
 from .kd import KDMethod, StepContext, convert
-from .loop import Objective
 from .philox import Philox
-from .stream import Stream, StreamBatch
-from .taps import Taps, resolve, shapes
+from .shared import Objective, Source, Teacher, View
+from .stream import Stream
+from .taps import resolve, shapes
 
-# On the CPU the teacher always sees the stream's batch in these pieces, whoever trains on it: the bits of a
-# convolution depend on the batch it is part of.
-CHUNK = 32
+if TYPE_CHECKING:
+    from .images import Images
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,22 @@ class Setting:
     """What a student's training is about, whichever objective it has.
 
     Attributes:
-        data: the training set, uint8 (N, C, H, W), on the device.
+        data: the training set, uint8 (N, C, H, W), on the device, or where it lives.
         prediction: the student's type.
         interval: the timesteps (for a round: the grid entries) it trains on.
         total: length of its lineage, steps.
     """
 
     stream: Stream
-    data: Tensor
+    data: Tensor | Images
     tables: Tables
     prediction: Prediction
     interval: Interval
     total: int
+
+    def source(self, grid: Tensor | None = None) -> Source:
+        """What it learns from; ``grid`` as :class:`~o2mkd_bench.engine.shared.Source` has it."""
+        return Source(self.stream, self.data, self.tables, grid)
 
 
 class Methods:
@@ -84,14 +87,6 @@ class Methods:
         return found
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher."""
-
-    call: Call
-    prediction: Prediction
-
-
 class Distil(Objective):
     """KD terms at the stream's (x_t, t); with method ``none`` and no teacher this is plain DDPM training.
 
@@ -103,22 +98,22 @@ class Distil(Objective):
 
     def __init__(self, setting: Setting, student: Call, methods: Methods, teacher: Teacher | None) -> None:
         self.setting = setting
-        self.student = student
         self.methods = methods
         self.teacher = teacher
-        self.student_taps, student_shapes = self._tap(student, "student")
-        self.teacher_taps: Taps | None = None
+        paths, student_shapes = self._inspect(student, "student")
+        self.student = student.tapped(paths, "student")
         teacher_shapes: dict[str, torch.Size] = {}
         if teacher is not None:
-            self.teacher_taps, teacher_shapes = self._tap(teacher.call, "teacher")
+            self.wanted, teacher_shapes = self._inspect(teacher.call, "teacher")
         # adapters start from the seed, whatever was drawn before; setup may draw on the CPU
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Philox.torch_seed(setting.stream.seed, "adapters"))
             self._adapters = methods.setup(teacher_shapes, student_shapes).to(setting.data.device)
 
-    def _tap(self, call: Call, side: Literal["teacher", "student"]) -> tuple[Taps, dict[str, torch.Size]]:
+    def _inspect(self, call: Call, side: Literal["teacher", "student"]) -> tuple[dict[str, str], dict[str, torch.Size]]:
+        """Where the features of one side are, and their shapes; a compiled call is not compiled for this."""
         paths = resolve(call.network, self.methods.features(side), call.family.roles(call.network), side)
-        return Taps(call.network, paths, side), shapes(call.network, paths, lambda: call(*self._example()), side)
+        return paths, shapes(call.network, paths, lambda: call.eager(*self._example()), side)
 
     def _example(self) -> tuple[Tensor, Tensor]:
         device = self.setting.data.device
@@ -128,72 +123,37 @@ class Distil(Objective):
     def adapters(self) -> nn.Module | None:
         return self._adapters
 
-    def loss(self, batch: StreamBatch, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        s = self.setting
-        seen, pick = (rows, None) if self.teacher is None or rows.device.type != "cpu" else _chunks(rows, len(batch.t))
-        x0 = s.stream.images(batch, s.data, seen)
-        noise = s.stream.noise(batch, x0.shape[1:], seen)
-        t = batch.t[seen]
-        alpha, sigma = s.tables.alpha[t], s.tables.sigma[t]
-        x_t = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * noise
-        teacher, teacher_features = self._ask_teacher(x_t, t, alpha, sigma, pick)
-        if pick is not None:
-            x0, noise, t, alpha, sigma, x_t = (v[pick] for v in (x0, noise, t, alpha, sigma, x_t))
-        with self.student_taps as taps:
-            student = self.student(x_t, t)
-            student_features = taps.take()
+    def loss(self, view: View, rows: Tensor, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        s, seen = self.setting, view.take(rows, taught=self.teacher is not None)
+        student, student_features = self.student(seen.x_t, seen.t)
+        told, answer = None, seen.answer
+        if self.teacher is not None and answer is not None:
+            told = convert(answer.raw, self.teacher.prediction, s.prediction, seen.x_t, seen.alpha, seen.sigma)
         terms = self.methods.terms(
             StepContext(
-                x_t=x_t,
-                t=t,
-                x0=x0,
-                noise=noise,
-                alpha=alpha,
-                sigma=sigma,
-                snr=s.tables.snr[t],
-                teacher=teacher,
+                x_t=seen.x_t,
+                t=seen.t,
+                x0=seen.x0,
+                noise=seen.noise,
+                alpha=seen.alpha,
+                sigma=seen.sigma,
+                snr=s.tables.snr[seen.t],
+                teacher=told,
                 student=student,
                 prediction=s.prediction,
-                groups=batch.groups[rows],
+                groups=seen.groups,
                 interval=s.interval,
                 step=step,
                 total=s.total,
-                teacher_features=teacher_features,
+                teacher_features={} if answer is None else {name: answer.features[name] for name in self.wanted},
                 student_features=student_features,
-                generator=_generator(s.stream.seed, step, x_t.device),
+                generator=_generator(s.stream.seed, step, part, seen.x_t.device),
             )
         )
         return torch.stack(list(terms.values())).sum(), terms
 
-    def _ask_teacher(
-        self, x_t: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, pick: Tensor | None
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if self.teacher is None or self.teacher_taps is None:
-            return None, {}
-        size = len(t) if pick is None else CHUNK
-        raws: list[Tensor] = []
-        features: dict[str, list[Tensor]] = {}
-        with torch.no_grad(), self.teacher_taps as taps:
-            for x_part, t_part in zip(torch.split(x_t, size), torch.split(t, size), strict=True):
-                raws.append(self.teacher.call(x_part, t_part))
-                for name, value in taps.take().items():
-                    features.setdefault(name, []).append(value)
-            raw = convert(torch.cat(raws), self.teacher.prediction, self.setting.prediction, x_t, alpha, sigma)
-        joined = {name: torch.cat(parts) for name, parts in features.items()}
-        if pick is None:
-            return raw, joined
-        return raw[pick], {name: value[pick] for name, value in joined.items()}
 
-
-def _chunks(rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """All rows of the chunks that ``rows`` touch, and where ``rows`` stand among them."""
-    touched = torch.unique(rows // CHUNK)
-    seen = (touched[:, None] * CHUNK + torch.arange(CHUNK)).flatten()
-    seen = seen[seen < batch]
-    return seen, torch.searchsorted(seen, rows)
-
-
-def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+def _generator(seed: int, step: int, part: int, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device=device)
-    generator.manual_seed(Philox.torch_seed(seed, f"method {step}"))
+    generator.manual_seed(Philox.torch_seed(seed, f"method {step}" + (f" part {part}" if part else "")))
     return generator

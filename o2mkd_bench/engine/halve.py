@@ -12,9 +12,8 @@ from ..core.program import Clip
 from .denoiser import Call, Experts
 from .distil import Setting
 from .kd import convert
-from .loop import Objective
 from .sample import clipped
-from .stream import StreamBatch
+from .shared import Objective, Source, View
 
 
 class Halve(Objective):
@@ -40,19 +39,17 @@ class Halve(Objective):
         self.grid = torch.tensor(sorted(grid), device=device)
         self.fine = torch.tensor(sorted(fine), dtype=torch.int64, device=device)
 
-    def loss(self, batch: StreamBatch, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        s = self.setting
-        entry = batch.t[rows]
-        t = self.grid[entry]
-        x0 = s.stream.images(batch, s.data, rows)
-        noise = s.stream.noise(batch, x0.shape[1:], rows)
-        alpha, sigma = s.tables.alpha[t], s.tables.sigma[t]
-        x_t = _wide(alpha) * x0 + _wide(sigma) * noise
+    def source(self) -> Source:
+        """What it learns from: the stream's t counts entries of the grid."""
+        return self.setting.source(self.grid)
+
+    def loss(self, view: View, rows: Tensor, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        s, seen = self.setting, view.take(rows)
         with torch.no_grad():
-            target = self._target(x_t, t, entry)
-        x_hat = convert(self.student(x_t, t), s.prediction, "sample", x_t, alpha, sigma)
+            target = self._target(seen.x_t, seen.t, seen.place)
+        x_hat = convert(self.student(seen.x_t, seen.t), s.prediction, "sample", seen.x_t, seen.alpha, seen.sigma)
         error = (x_hat - target).square().flatten(1).mean(1)
-        term = (s.tables.snr[t].clamp(min=1) * error).mean()
+        term = (s.tables.snr[seen.t].clamp(min=1) * error).mean()
         return term, {"x0": term}
 
     def _target(self, x_t: Tensor, t: Tensor, entry: Tensor) -> Tensor:

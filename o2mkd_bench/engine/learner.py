@@ -56,11 +56,14 @@ def lr_schedule(optimizer: torch.optim.Optimizer, training: Mapping[str, Any], h
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
-    """AdamW, Adam, or SGD with ``betas[0]`` as its momentum; ``fused``: in one kernel, where the optimiser has one."""
+    """AdamW, Adam, or SGD with ``betas[0]`` as its momentum; ``fused``: in one kernel, which also never asks the device
+    whether a scaled gradient overflowed."""
     lr, decay = training["lr"], training["weight_decay"]
     match training["optimizer"]:
         case "sgd":
-            return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=training["betas"][0])
+            return torch.optim.SGD(
+                parameters, lr=lr, weight_decay=decay, momentum=training["betas"][0], fused=fused or None
+            )
         case "adam":
             kind: type[torch.optim.Adam] = torch.optim.Adam
         case _:
@@ -95,20 +98,30 @@ class Learner:
         self.schedule = lr_schedule(self.optimizer, training, course.horizon)
         # of positions, as the learning rate is, so that a job at twice the pace averages over half as many steps
         span = max(1.0, training["ema"] * course.horizon / float(course.pace))
-        self.ema = ModelEmaV3(network, decay=1 - 1 / span, use_warmup=True, warmup_power=1.0)
+        # parameters are walked faster than state dicts, and that differs only in buffers that can be averaged
+        plain = not any(b.is_floating_point() for b in network.buffers())
+        self.ema = ModelEmaV3(network, decay=1 - 1 / span, use_warmup=True, warmup_power=1.0, exclude_buffers=plain)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def step(self, loss: Tensor) -> None:
         """One optimiser step on ``loss``, at the learning rate and average of the present position."""
+        self.backward(loss)
+        self.update()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to what the next update goes by."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """One optimiser step on the gradients so far, which are gone after: nobody keeps them while others train."""
         # timm annotates whole updates; its formulas hold for every position
         self.schedule.step_update(self.course.position(self.position))  # type: ignore[arg-type]
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.skip()
 
     def skip(self) -> None:
@@ -150,7 +163,9 @@ class Learner:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in groups["opt"].items():
             index, _, name = key.partition("/")
-            state.setdefault(int(index), {})[name] = value.cpu() if name == "step" and value.dim() == 0 else value
+            # fused optimisers take all they work on to be strided alike
+            moment = value.cpu() if name == "step" else torch.empty_like(self.parameters[int(index)]).copy_(value)
+            state.setdefault(int(index), {})[name] = moment
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.scaler.load_state_dict(meta["scaler"])
         if resume:

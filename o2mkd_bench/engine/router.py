@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.schedule import NoiseSchedule, Prediction
+from .denoiser import Call
+from .graphs import Graphs
 from .kd import convert
 from .sample import Denoise
-
-Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Router:
@@ -22,36 +22,46 @@ class Router:
     The choice is made from host integers: it never waits for the device.
     """
 
-    def __init__(
-        self, networks: Sequence[nn.Module], edges: Sequence[int], forward: Forward, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """``networks``: least noisy interval first; ``edges``: the inner edges between them, rising.
+    def __init__(self, calls: Sequence[Call], edges: Sequence[int], graphs: Graphs | None = None) -> None:
+        """``calls``: least noisy interval first; ``edges``: the inner edges between them, rising.
 
-        ``forward``: ``(network, x, t)`` with x float32 (B, C, H, W) and t int64 (B,) to the raw prediction, run under
-        autocast to ``dtype`` unless that is float32.
+        ``graphs``: the same calls, at one batch size.
 
         Raises:
-            ValueError: unless there is one network more than edges, and the edges rise strictly.
+            ValueError: unless there is one call more than edges, and the edges rise strictly.
         """
-        if len(networks) != len(edges) + 1 or any(b <= a for a, b in pairwise(edges)):
-            raise ValueError(f"{len(networks)} networks do not fit the inner edges {list(edges)}")
-        self.networks = list(networks)
+        if len(calls) != len(edges) + 1 or any(b <= a for a, b in pairwise(edges)):
+            raise ValueError(f"{len(calls)} networks do not fit the inner edges {list(edges)}")
+        self.calls = list(calls)
         self.edges = tuple(edges)
-        self.forward = forward
-        self.dtype = dtype
+        self.graphs = graphs
 
     def route(self, t: int) -> int:
         """The number of the network in charge of ``t``; an edge belongs to the noisier interval."""
         return bisect_right(self.edges, t)
 
+    def fit(self, batch: int) -> None:
+        """From now on at most ``batch`` images come at once; what was captured for another number is dropped."""
+        if self.graphs is not None:
+            self.graphs.fit(batch)
+
+    @torch.no_grad()
+    def ask_all(self, shape: Sequence[int], device: torch.device, batch: int) -> None:
+        """Evaluate every network once, uncompiled, for ``batch`` images (C, H, W) of zeros: to see what it takes."""
+        x = torch.zeros(batch, *shape, device=device)
+        for call in self.calls:
+            call.eager(x, torch.zeros(batch, dtype=torch.int64, device=device))
+
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """The raw prediction for ``x`` float32 (B, C, H, W) at timestep ``t``, float32 of the same shape."""
         times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.forward(self.networks[self.route(t)], x, times).float()
+        k = self.route(t)
+        return self.calls[k](x, times) if self.graphs is None else self.graphs.ask(k, x, times)
 
     def epsilon(self, schedule: NoiseSchedule, prediction: Prediction) -> Denoise:
         """This router as :func:`run_program` wants it: networks that predict ``prediction`` answer with epsilon."""
+        if prediction == "epsilon":
+            return self
 
         def denoise(x: Tensor, t: int) -> Tensor:
             alpha, sigma = (x.new_full((len(x),), float(table[t])) for table in (schedule.alpha, schedule.sigma))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,6 +20,12 @@ NoiseFor = Callable[[Tensor, int], Tensor]
 
 k = 0 is the initial noise, k = i + 1 the fresh noise of line i. Each image's noise depends on its own index only.
 """
+
+# Batches that may be under way on a GPU before the host waits for the first of them.
+_AHEAD = 2
+
+CPU_BATCH = 128
+MOST = 1024
 
 
 class CountingDenoiser:
@@ -114,33 +121,125 @@ def sample_images(
     batch: int,
     *,
     on_batch: Callable[[int], None] | None = None,
+    on_halve: Callable[[int], None] | None = None,
 ) -> Tensor:
     """The images of ``indices`` (int64 (N,), on the device of the network), uint8 (N, C, H, W) on the CPU.
 
     An image depends on its index alone: neither ``batch`` nor the other indices change it beyond float rounding. All N
-    are held in memory; a caller with more asks for some at a time.
+    are held in memory, pinned where the device is a GPU; a caller with more asks for some at a time. From a GPU they
+    leave while the next batch runs.
 
     Args:
-        batch: images made at once.
-        on_batch: told after every batch how many images are done.
+        batch: images made at once; halved whenever memory runs out, which loses no image that was made.
+        on_batch: told after every batch how many images have arrived.
+        on_halve: told the new batch before it is tried; what was held for the old one is to be given back.
 
     Raises:
+        OutOfMemoryError: when there is no memory for one image.
         PluginError: when the network was not called ``program.nfe`` times per image.
     """
     counted = CountingDenoiser(denoise)
-    made: list[Tensor] = []
-    done = 0
-    for some in torch.split(indices, batch):
+    made = _Arrivals(len(indices), indices.device, on_batch)
+    runs = 0
+    while made.sent < len(indices):
+        some = indices[made.sent : made.sent + batch]
+        try:
+            made.send(_draw(program, schedule, counted, noise_for, some))
+        except torch.OutOfMemoryError:
+            if len(some) == 1:
+                raise
+            batch = len(some) // 2
+        else:
+            runs += 1
+            counted.check(program.nfe, runs)
+            continue
+        # not in the handler: the error holds on to the tensors of the batch that failed
+        counted.calls = program.nfe * runs
+        if on_halve is not None:
+            on_halve(batch)
+        if indices.is_cuda:
+            torch.cuda.empty_cache()
+    return made.wait()
 
-        def fresh(i: int, some: Tensor = some) -> Tensor:
-            return noise_for(some, i + 1)
 
-        made.append(to_uint8(run_program(program, schedule, counted, noise_for(some, 0), fresh)).cpu())
-        done += len(some)
-        if on_batch is not None:
-            on_batch(done)
-    counted.check(program.nfe, len(made))
-    return torch.cat(made)
+def _draw(program: Program, schedule: NoiseSchedule, denoise: Denoise, noise_for: NoiseFor, indices: Tensor) -> Tensor:
+    """One batch of images, uint8 on the device."""
+
+    def fresh(i: int) -> Tensor:
+        return noise_for(indices, i + 1)
+
+    return to_uint8(run_program(program, schedule, denoise, noise_for(indices, 0), fresh))
+
+
+class _Arrivals:
+    """Images on their way into one tensor on the CPU."""
+
+    def __init__(self, total: int, device: torch.device, on_batch: Callable[[int], None] | None) -> None:
+        self.sent = 0
+        self._total = total
+        self._tell = on_batch or (lambda done: None)
+        self._host = torch.empty(0, dtype=torch.uint8)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._under_way: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def send(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W); from a GPU without waiting for them."""
+        if self.sent == 0:
+            shape = (self._total, *images.shape[1:])
+            self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
+        rows = self._host[self.sent : self.sent + len(images)]
+        self.sent += len(images)
+        if self._stream is None:
+            rows.copy_(images)
+            self._tell(self.sent)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(self._stream):
+            rows.copy_(images, non_blocking=True)
+            # their memory goes to nobody else before the copy is done
+            images.record_stream(self._stream)
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._under_way.append((arrived, self.sent))
+        while len(self._under_way) > _AHEAD:
+            self._receive()
+
+    def wait(self) -> Tensor:
+        """All of them, when the last has arrived."""
+        while self._under_way:
+            self._receive()
+        return self._host
+
+    def _receive(self) -> None:
+        arrived, done = self._under_way.popleft()
+        arrived.synchronize()
+        self._tell(done)
+
+
+def auto_batch(ask: Callable[[int], object], device: torch.device) -> int:
+    """How many images at a time to begin with: what free memory holds on CUDA, a fixed number on the CPU.
+
+    ``ask`` evaluates the network once for as many images as it is told.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH
+    few = 8
+    ask(few)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ask(few)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return batch_within(torch.cuda.mem_get_info(device)[0], peak / few)
+
+
+def batch_within(free: int, each: float) -> int:
+    """The largest power of two whose images, ``each`` bytes, fill at most half of ``free`` bytes; 1 to 1024.
+
+    Half, because the states of a solver and whatever a compiler or a library puts aside need room too.
+    """
+    fitting = int(free / 2 / max(each, 1.0))
+    return min(MOST, 1 << max(fitting, 1).bit_length() - 1)
 
 
 def to_uint8(images: Tensor) -> Tensor:

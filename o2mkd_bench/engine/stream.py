@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from ..core.errors import UserError
 from ..core.identity import identity
 from ..core.intervals import Interval, Law
 from .philox import Philox
+
+if TYPE_CHECKING:
+    from .images import Images
+
+# Steps drawn at once: one step costs as many small operations as all of these.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class StreamBatch:
         t: int64, training timesteps.
         flip: bool, whether the image is mirrored horizontally.
         groups: int64, the relational group; neighbours in t share one.
-        host_t: ``t`` on the CPU, so that choosing rows never waits for the device.
+        host_t: ``t`` on the CPU, so that choosing rows never waits for the device; rising, as the slices do.
     """
 
     step: int
@@ -81,39 +88,56 @@ class Stream:
     def batch_at(self, step: int, device: torch.device | str = "cpu") -> StreamBatch:
         """The batch of one step, ``step`` in [0, 2^31).
 
-        The few integers that decide it are exact and made on the CPU, hence the same on every device.
+        The few integers that decide it are exact and made on the CPU, hence the same on every device; the steps around
+        it are made with it, and the newest such block is kept for each device.
         """
-        draws = Philox.for_purpose(self.seed, "batch").uint32(torch.tensor([step]), 4 * self.batch).view(-1, 4)
-        rows = torch.arange(self.batch)
-        # Multiply and shift instead of a remainder: the bias is below count / 2^32.
-        index = (draws[:, 0] * self.count) >> 32
-        t = self.law.ends[0] + torch.searchsorted(self._thresholds, (rows << 32) + draws[:, 1], right=True)
-        flip = (draws[:, 2] >> 31).bool() if self.flip else torch.zeros(self.batch, dtype=torch.bool)
-        return StreamBatch(
-            step, index.to(device), t.to(device), flip.to(device), (rows // self.group).to(device), host_t=t
-        )
+        number, place = divmod(step, BLOCK)
+        device = torch.device(device)
+        block = self._newest.get(device)
+        if block is None or block.number != number:
+            block = self._newest[device] = self._draw(number, device)
+        index, t, flip, host_t = (v[place] for v in (block.index, block.t, block.flip, block.host_t))
+        return StreamBatch(step, index, t, flip, block.groups, host_t)
 
     def rows_in(self, batch: StreamBatch, interval: Interval) -> Tensor:
-        """Rows of the batch whose t lies in ``interval``: int64, ascending, on the batch's device."""
-        inside = (batch.host_t >= interval.lo) & (batch.host_t < interval.hi)
-        return inside.nonzero().flatten().to(batch.t.device)
+        """Rows of the batch whose t lies in ``interval``: int64, ascending, on the CPU, which never waits for a device.
+
+        They are a range, as the t of a batch rise.
+        """
+        first, end = torch.searchsorted(batch.host_t, torch.tensor([interval.lo, interval.hi])).tolist()
+        return torch.arange(first, end)
 
     def noise(self, batch: StreamBatch, shape: Sequence[int], rows: Tensor | None = None) -> Tensor:
         """The noise of each sample, float32 (B, *shape), or of ``rows`` (int64) of the batch only: the same numbers."""
         sample = _rows(torch.arange(self.batch, device=batch.t.device), rows)
         return Philox.for_purpose(self.seed, "noise").normal((batch.step << 32) + sample, shape)
 
-    def images(self, batch: StreamBatch, data: Tensor, rows: Tensor | None = None) -> Tensor:
+    def images(self, batch: StreamBatch, data: Tensor | Images, rows: Tensor | None = None) -> Tensor:
         """Clean images of the batch, float32 (B, C, H, W) in [-1, 1], or of ``rows`` (int64) of it.
 
         Args:
-            data: the training set, uint8 (N, C, H, W), on the batch's device.
+            data: the training set, uint8 (N, C, H, W): a tensor on the batch's device, or wherever it lives.
         """
         if len(data) != self.count:
             raise ValueError(f"the stream draws from {self.count} images, the data holds {len(data)}")
-        chosen = data[_rows(batch.index, rows)]
+        chosen = data[_rows(batch.index, rows)] if isinstance(data, Tensor) else data.take(self, batch, rows)
         flip = _rows(batch.flip, rows).view(-1, 1, 1, 1)
         return torch.where(flip, chosen.flip(-1), chosen).float().div_(127.5).sub_(1)
+
+    @cached_property
+    def _newest(self) -> dict[torch.device, _Block]:
+        return {}
+
+    def _draw(self, number: int, device: torch.device) -> _Block:
+        steps = torch.arange(number * BLOCK, (number + 1) * BLOCK)
+        draws = Philox.for_purpose(self.seed, "batch").uint32(steps, 4 * self.batch).view(BLOCK, self.batch, 4)
+        rows = torch.arange(self.batch)
+        # Multiply and shift instead of a remainder: the bias is below count / 2^32.
+        index = (draws[..., 0] * self.count) >> 32
+        t = self.law.ends[0] + torch.searchsorted(self._thresholds, (rows << 32) + draws[..., 1], right=True)
+        flip = (draws[..., 2] >> 31).bool() if self.flip else torch.zeros(BLOCK, self.batch, dtype=torch.bool)
+        groups = rows // self.group
+        return _Block(number, _send(index, device), _send(t, device), _send(flip, device), _send(groups, device), t)
 
     @cached_property
     def _thresholds(self) -> Tensor:
@@ -126,6 +150,23 @@ class Stream:
         return torch.tensor(
             [math.ceil(self.law.mass(Interval(lo, t)) * unit) for t in range(lo + 1, hi)], dtype=torch.int64
         )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Steps ``number * BLOCK`` and on: what a StreamBatch holds, with a first axis of BLOCK, but for ``groups``."""
+
+    number: int
+    index: Tensor
+    t: Tensor
+    flip: Tensor
+    groups: Tensor
+    host_t: Tensor
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    # from pageable memory the copy would wait for all that is queued on the device
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _rows(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,20 @@ LEADING_COLUMNS = (
 TIMING_COLUMNS = (
     "train_seconds",
     "device_seconds",
+    "shared_with",
     "images_per_second",
     "latency_ms_median",
     "latency_ms_p90",
     "peak_memory_mb",
 )
-"""Columns at the end, which differ from run to run; all others are the same, byte for byte, on the CPU."""
+"""Columns at the end, which differ from run to run; all others are the same, byte for byte, on the CPU.
+
+``shared_with``: how many other students a row's students at most shared a pass of their teacher with; where it is not
+0, the seconds before it hold equal parts of what was done for all.
+"""
 
 _INTEGERS = ("steps", "nfe", "seed", "students", "batch", "images_total", "rounds_images")
-_COUNTS = (*_INTEGERS, "params_total", "params_active", "macs_per_image", "speed_batch")
+_COUNTS = (*_INTEGERS, "params_total", "params_active", "macs_per_image", "speed_batch", "shared_with")
 _SPEED = {"speed_batch": "batch", "speed_compile": "compile", "speed_device": "device"}
 
 
@@ -52,18 +58,27 @@ def frame(results: Results) -> pd.DataFrame:
     for column in LEADING_COLUMNS:
         values = [_leading(row, column) for row in results["rows"]]
         if column in _COUNTS:
-            numbers = [count(value) for value in values]
-            whole = all(number is None or float(number).is_integer() for number in numbers)
-            data[column] = pd.Series(numbers, dtype="Int64" if whole else "Float64")
+            data[column] = _counted(values)
         else:
             data[column] = pd.Series([None if value is None else listed(value, ";") for value in values], dtype=object)
     for column in scores:
         found = [finite((row.get("scores") or {}).get(column)) for row in results["rows"]]
         data[column] = pd.Series(found, dtype="float64")
     for column in TIMING_COLUMNS:
-        found = [finite((row.get("speed") or {}).get(column, row.get(column))) for row in results["rows"]]
-        data[column] = pd.Series(found, dtype="float64")
+        values = [(row.get("speed") or {}).get(column, row.get(column)) for row in results["rows"]]
+        if column in _COUNTS:
+            data[column] = _counted(values)
+        else:
+            data[column] = pd.Series([finite(value) for value in values], dtype="float64")
     return pd.DataFrame(data)
+
+
+def _counted(values: Sequence[Any]) -> pd.Series[Any]:
+    import pandas as pd
+
+    numbers = [count(value) for value in values]
+    whole = all(number is None or float(number).is_integer() for number in numbers)
+    return pd.Series(numbers, dtype="Int64" if whole else "Float64")
 
 
 def _leading(row: Row, column: str) -> Any:

@@ -40,7 +40,7 @@ def notes(results: Results, sections: Sequence[Section]) -> list[str]:
     """Footnotes as plain sentences, the most needed first."""
     every = [line for section in sections for line in section.lines]
     found = [*_reading(every), *_protocols(sections), *_references(results, sections), *_baselines(every)]
-    return [*found, *_settings(sections), *_machine(results, every), *_gaps(every)]
+    return [*found, *_settings(sections), *_sharing(every), *_machine(results, every), *_gaps(every)]
 
 
 def _reading(every: Sequence[Line]) -> list[str]:
@@ -132,6 +132,12 @@ def _settings(sections: Sequence[Section]) -> list[str]:
     shown = varying(sections)
     said = [f"{key} {values(every, key)[0]}" for key in VARIES[1:] if key not in shown and values(every, key)]
     return [f"all students: {', '.join(said)}"] if said else []
+
+
+def _sharing(every: Sequence[Line]) -> list[str]:
+    most = max((row.get("shared_with") or 0 for line in every for row in line.rows), default=0)
+    said = f"up to {most + 1} students trained on one pass of their teacher; its seconds are shared out equally"
+    return [said] if most else []
 
 
 def _machine(results: Results, every: Sequence[Line]) -> list[str]:

@@ -20,6 +20,7 @@ from ..core.store import Store
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..engine.compiled import Say
     from ..engine.denoiser import Experts
     from ..engine.router import Router
 
@@ -64,23 +65,46 @@ class Bench:
         torch.backends.cuda.matmul.allow_tf32 = False
         return network.to(self.device)
 
-    def router(self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str) -> Router:
-        """The networks of ``artifacts`` as one denoiser for sampling."""
-        from ..engine.denoiser import DTYPES
+    def router(
+        self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str, say: Say | None = None
+    ) -> Router:
+        """The networks of ``artifacts`` as one denoiser for sampling, in this bench's mode.
+
+        ``say`` is told where that cannot be; by default everybody is.
+        """
+        about = self.network(artifacts[0])
+        return self.assemble(about, self._networks(artifacts, weights), edges, precision, say)
+
+    def assemble(
+        self,
+        about: Mapping[str, Any],
+        networks: Sequence[nn.Module],
+        edges: Sequence[int],
+        precision: str,
+        say: Say | None = None,
+    ) -> Router:
+        """Frozen networks of the family that ``about`` names, on the device, as one denoiser for sampling."""
+        from ..engine.denoiser import Call
+        from ..engine.graphs import Graphs, capture
         from ..engine.router import Router
 
-        networks = self._networks(artifacts, weights)
-        return Router(networks, edges, self.family(self.network(artifacts[0])).forward, DTYPES[precision])
+        family, say = self.family(about), say or self.tell
+        calls = [Call(family, network, precision, self.mode, say) for network in networks]
+        if self.mode == PLAIN:
+            return Router(calls, edges)
+        return Router(calls, edges, Graphs(calls, say, capture if self.mode.cuda_graphs else None))
 
-    def experts(self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str) -> Experts:
-        """The networks of ``artifacts`` as one denoiser for batches with mixed t."""
+    def experts(
+        self, artifacts: Sequence[str], edges: Sequence[int], weights: str, precision: str, mode: Mode | None = None
+    ) -> Experts:
+        """The networks of ``artifacts`` as one denoiser for batches with mixed t; ``mode``: this bench's by default."""
         import torch
 
         from ..engine.denoiser import Call, Experts, Tables
 
         about = [self.network(artifact) for artifact in artifacts]
-        family = self.family(about[0])
-        calls = [Call(family, network, precision) for network in self._networks(artifacts, weights)]
+        family, mode = self.family(about[0]), mode or self.mode
+        calls = [Call(family, network, precision, mode, self.tell) for network in self._networks(artifacts, weights)]
         tables = Tables.of(self.schedule(artifacts[0]), torch.device(self.device))
         return Experts(calls, edges, [one["prediction"] for one in about], tables)
 
@@ -99,6 +123,10 @@ class Bench:
 
         array = np.load(self.store.read(data, f"{split}.npy"), allow_pickle=False)
         return torch.from_numpy(array).to(self.device)
+
+    def tell(self, text: str) -> None:
+        """Tell the observers something, in words, that is about no one stage."""
+        self.observer(Event("message", data={"text": text}))
 
     def say(self, stage: Stage, text: str) -> None:
         """Tell the observers something about a stage, in words."""

@@ -10,10 +10,12 @@ from ..core.suite import Training
 from ..engine.denoiser import Call, Tables
 from ..engine.distil import Setting
 from ..engine.halve import Halve
+from ..engine.images import open_images
 from ..engine.learner import Course, Learner
+from ..engine.loop import Member
 from ..engine.stream import Stream
-from .bench import Bench
-from .train import run, write_denoiser
+from .bench import Bench, Stopwatch
+from .train import run, watcher, write_denoiser
 
 
 def make(stage: Stage, bench: Bench, draft: Draft) -> None:
@@ -21,7 +23,7 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     spec = stage.spec
     about, before, one = spec["network"], spec["before"], spec["round"]
     training = Training.model_validate(spec["training"])
-    data = bench.images(stage.needs["data"][0])
+    data = open_images(bench.store.read(stage.needs["data"][0], "train.npy"), bench.device)
     stream = Stream(
         # no round sees the noise of another, nor that of the training before
         spec["seed"] + (spec["number"] + 1) * 1_000_003,
@@ -37,10 +39,17 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     setting = Setting(stream, data, Tables.of(schedule, data.device), about["prediction"], entries, spec["steps"])
     network = bench.denoiser(stage.needs["before"][before["own"]], before["weights"]).requires_grad_(True).train()
     teachers = bench.experts(stage.needs["before"], before["edges"], before["weights"], spec["precision"])
+    family = bench.family(about)
+    if stage.local["checkpoint_activations"]:
+        family.checkpoint_activations(network)
     objective = Halve(
-        setting, Call(bench.family(about), network, spec["precision"]), teachers, one["grid"], one["fine"], spec["clip"]
+        setting,
+        Call(family, network, spec["precision"], bench.mode),
+        teachers,
+        one["grid"],
+        one["fine"],
+        spec["clip"],
     )
     learner = Learner(network, training.model_dump(), Course(spec["steps"], horizon=spec["steps"]), spec["precision"])
-    log = run(stage, bench, learner, objective, (stream, entries))
-    write_denoiser(stage, bench, draft, learner, log)
-    draft.meta["seconds"] = log.seconds
+    member = Member(learner, objective, entries, watcher(stage, bench, Stopwatch()), training.micro_batch)
+    write_denoiser(stage, bench, draft, run(bench, objective.source(), member))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..core.program import Program
 from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
 from ..engine.philox import Philox
-from ..engine.sample import NoiseFor, sample_images
+from ..engine.sample import NoiseFor, auto_batch, sample_images
 from .bench import Bench, Stopwatch
 
 
@@ -53,17 +54,29 @@ def draw(bench: Bench, spec: Mapping[str, Any], students: tuple[str, ...], which
     """Images number ``which`` of a sampling stage, uint8 on the CPU."""
     schedule = bench.schedule(students[0])
     program = solver(spec, schedule, bench.registry)
-    router = bench.router(students, spec["edges"], spec["weights"], spec["precision"])
+    say = partial(bench.say, stage)
+    router = bench.router(students, spec["edges"], spec["weights"], spec["precision"], say)
     # an expert that is never called may have been left in another type by the rounds of step distillation
     types = {bench.network(students[router.route(line.t)])["prediction"] for line in program.lines}
     if len(types) != 1:
         raise StageFailed(f"the experts of {stage.label} predict {' and '.join(sorted(types))}; train them alike")
+    shape, device = tuple(spec["shape"]), torch.device(bench.device)
+    batch = stage.local["batch"]
+    if batch == "auto":
+        batch = auto_batch(partial(router.ask_all, shape, device), device)
+
+    def halved(batch: int) -> None:
+        router.fit(batch)
+        say(f"out of memory; going on with {batch} image{'s' * (batch > 1)} at a time")
+
+    router.fit(min(batch, len(which)))
     return sample_images(
         program,
         schedule,
         router.epsilon(schedule, types.pop()),
-        noise_source(spec["seed"], tuple(spec["shape"])),
-        torch.arange(which.start, which.stop, device=bench.device),
-        stage.local["batch"],
+        noise_source(spec["seed"], shape),
+        torch.arange(which.start, which.stop, device=device),
+        batch,
         on_batch=lambda done: bench.progress(stage, done, len(which)),
+        on_halve=halved,
     )

@@ -28,18 +28,22 @@ def _metrics(stage: Stage, bench: Bench) -> list[Metric]:
     made = []
     for ref, options in zip(stage.spec["metrics"], stage.local["options"], strict=True):
         plugin = bench.registry.get("metrics", ref["name"])
-        made.append(plugin.load()(plugin.parse(options), stage.local["dataset"], Path(stage.local["base"])))
+        metric: Metric = plugin.load()(plugin.parse(options), stage.local["dataset"], Path(stage.local["base"]))
+        metric.device = bench.device
+        made.append(metric)
     return made
 
 
-def _network(metrics: Sequence[Metric]) -> FeatureNetwork:
-    return metrics[0].load(list(dict.fromkeys(layer for metric in metrics for layer in metric.layers())))
+def _network(metrics: Sequence[Metric], bench: Bench) -> FeatureNetwork:
+    network = metrics[0].load(list(dict.fromkeys(layer for metric in metrics for layer in metric.layers())))
+    bench.place(network.extractor)
+    return network
 
 
 def make_reference(stage: Stage, bench: Bench, draft: Draft) -> None:
     """``features.safetensors``: the train split's features by layer, float32 (N, F), made once per protocol."""
     clock = Stopwatch()
-    network = _network(_metrics(stage, bench))
+    network = _network(_metrics(stage, bench), bench)
     features = extract(network, bench.images(stage.needs["data"][0]), BATCH, bench.device)
     save_file(features, draft.dir / "features.safetensors")
     draft.meta["seconds"] = clock.seconds()
@@ -49,7 +53,7 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
     """``scores.json``: ``scores`` by column, and the ``protocol`` they share."""
     clock = Stopwatch()
     metrics = _metrics(stage, bench)
-    network = _network(metrics)
+    network = _network(metrics, bench)
     images = _images(stage, bench)
     ours = extract(network, images, BATCH, bench.device)
     # held-out images only mark the scale; there are as many as there are

@@ -4,45 +4,56 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
+from ..core.mode import Mode
 from ..core.plan import Stage
 from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
-from ..engine.denoiser import DTYPES
 from ..engine.router import Router
 from ..engine.sample import run_program
 from .bench import Bench, Stopwatch, write_json
 from .samples import noise_source, solver
 from .train import build
 
+# A GPU's clock wanders, and its readings are short.
+CUDA_REPEATS, LATENCY_REPEATS, CUDA_LATENCY_REPEATS = 7, 5, 30
+
 
 def make(stage: Stage, bench: Bench, draft: Draft) -> None:
-    """``speed.json``: raw readings in seconds at the given batch and at batch 1, and what follows from them."""
+    """``speed.json``: raw readings in seconds at the given batch and at batch 1, and what follows from them.
+
+    What is measured is the way that sampling goes. ``compile`` and ``cuda_graphs`` are what really ran; where that is
+    not what was asked for, ``fallback`` says why. ``peak_memory_mb`` is all that the process held on the device, after
+    warm-up and at the given batch: graphs keep their memory, used or not.
+    """
     spec, clock = stage.spec, Stopwatch()
     networks = stage.local["networks"]
     schedule = NoiseSchedule.from_scheduler_config(networks[0]["schedule"])
     program = solver(spec, schedule, bench.registry)
     modules = [build(bench, about, 0).eval().requires_grad_(False) for about in networks]
-    router = Router(modules, spec["edges"], bench.family(networks[0]).forward, DTYPES[spec["precision"]])
+    here = replace(bench, mode=Mode(spec["compile"], spec["cuda_graphs"]))
+    router = here.assemble(networks[0], modules, spec["edges"], spec["precision"], partial(bench.say, stage))
     denoise = router.epsilon(schedule, networks[0]["prediction"])
     noise_for = noise_source(0, tuple(spec["shape"]))
 
     def draw(batch: int) -> Callable[[], None]:
+        router.fit(batch)
         indices = torch.arange(batch, device=bench.device)
-        noise = {0: noise_for(indices, 0)}
+        noise = noise_for(indices, 0)
 
         def once() -> None:
-            run_program(program, schedule, denoise, noise[0], lambda i: noise_for(indices, i + 1))
+            run_program(program, schedule, denoise, noise, lambda i: noise_for(indices, i + 1))
 
         return once
 
-    if bench.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    throughput = readings(draw(spec["batch"]), spec["repeats"], bench.device)
-    memory = torch.cuda.max_memory_allocated(bench.device) / 2**20 if bench.device.startswith("cuda") else None
-    latency = readings(draw(1), max(spec["repeats"], 5), bench.device)
+    throughput, memory = measured(draw(spec["batch"]), spec["repeats"], bench.device)
+    least = CUDA_LATENCY_REPEATS if bench.device.startswith("cuda") else LATENCY_REPEATS
+    latency = readings(draw(1), max(spec["repeats"], least), bench.device)
     found = {
         "images_per_second": spec["batch"] / quantile(throughput, 0.5),
         "latency_ms_median": 1e3 * quantile(latency, 0.5),
@@ -50,11 +61,34 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
         "batch": spec["batch"],
         "peak_memory_mb": memory,
         "device": spec["device"],
-        "compile": spec["compile"],
+        **as_run(router, here.mode),
         "readings": {"batch_seconds": throughput, "latency_seconds": latency},
     }
     write_json(draft.dir / "speed.json", found)
     draft.meta["seconds"] = clock.seconds()
+
+
+def measured(once: Callable[[], None], repeats: int, device: str) -> tuple[list[float], float | None]:
+    """Seconds of each call, and the MiB held on a CUDA device meanwhile."""
+    if not device.startswith("cuda"):
+        return readings(once, repeats, device), None
+    # compilation and capture take memory, and time, that no later batch does
+    once()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    found = readings(once, max(repeats, CUDA_REPEATS), device)
+    return found, torch.cuda.max_memory_reserved(device) / 2**20
+
+
+def as_run(router: Router, mode: Mode) -> dict[str, Any]:
+    """``compile`` and ``cuda_graphs`` as they were for all networks of ``router``, and why not as ``mode`` says."""
+    uncompiled = [call.fallback for call in router.calls if call.fallback is not None]
+    ungraphed = [] if router.graphs is None or router.graphs.reason is None else [router.graphs.reason]
+    return {
+        "compile": "off" if uncompiled else mode.compile,
+        "cuda_graphs": mode.cuda_graphs and not ungraphed,
+        "fallback": "; ".join(dict.fromkeys([*uncompiled, *ungraphed])) or None,
+    }
 
 
 def readings(

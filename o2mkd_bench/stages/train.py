@@ -17,11 +17,13 @@ from ..core.store import Draft
 from ..core.suite import Training
 from ..engine.cost import Cost, network_cost
 from ..engine.denoiser import DTYPES, Call, Tables
-from ..engine.distil import Distil, Methods, Setting, Teacher
+from ..engine.distil import Distil, Methods, Setting
+from ..engine.images import open_images
 from ..engine.kd import KDMethod
 from ..engine.learner import Course, Learner
-from ..engine.loop import Log, Objective, Watch, train
+from ..engine.loop import Member, Watch, train
 from ..engine.philox import Philox
+from ..engine.shared import Source, Teacher
 from ..engine.stream import Stream
 from ..engine.weights import load_checkpoint, load_weights, read_weights, save_weights
 from .bench import Bench, Stopwatch, write_json
@@ -37,29 +39,36 @@ def make_teacher(stage: Stage, bench: Bench, draft: Draft) -> None:
 
 def make_student(stage: Stage, bench: Bench, draft: Draft) -> None:
     """A denoiser artifact: ``network.json``, ``ema.safetensors``, ``raw.safetensors``, ``log.json``."""
-    learner, log = _train(stage, bench)
-    write_denoiser(stage, bench, draft, learner, log)
-    draft.meta["seconds"] = log.seconds
+    write_denoiser(stage, bench, draft, _alone(stage, bench))
 
 
 def make_state(stage: Stage, bench: Bench, draft: Draft) -> None:
     """A training state that experts continue: raw weights, average, moments, adapters."""
-    learner, log = _train(stage, bench)
-    learner.save(draft.dir / "state.safetensors", log.data())
+    write_state(stage, bench, draft, _alone(stage, bench))
+
+
+def write(stage: Stage, bench: Bench, draft: Draft, member: Member) -> None:
+    """What a member of a cohort leaves: that of :func:`make_state` or of :func:`make_student`."""
+    (write_state if stage.kind == "state" else write_denoiser)(stage, bench, draft, member)
+
+
+def write_state(stage: Stage, bench: Bench, draft: Draft, member: Member) -> None:
+    log = member.log
+    member.learner.save(draft.dir / "state.safetensors", log.data())
     write_json(draft.dir / "network.json", stage.spec["network"])
     write_json(draft.dir / "log.json", log.data())
-    draft.meta["seconds"] = log.seconds
+    draft.meta |= {"seconds": log.seconds, "shared_with": log.shared_with}
 
 
-def write_denoiser(stage: Stage, bench: Bench, draft: Draft, learner: Learner, log: Log) -> None:
+def write_denoiser(stage: Stage, bench: Bench, draft: Draft, member: Member) -> None:
     """Weights in the suite's store dtype, what the network is, what training saw, and what it costs."""
-    dtype = DTYPES[stage.spec["store_dtype"]]
+    learner, log, dtype = member.learner, member.log, DTYPES[stage.spec["store_dtype"]]
     save_weights(learner.network, draft.dir / "raw.safetensors", dtype)
     save_weights(learner.ema.module, draft.dir / "ema.safetensors", dtype)
     about = stage.spec["network"]
     write_json(draft.dir / "network.json", about)
     write_json(draft.dir / "log.json", log.data())
-    draft.meta["cost"] = dict(cost(bench, about))
+    draft.meta |= {"cost": dict(cost(bench, about)), "seconds": log.seconds, "shared_with": log.shared_with}
 
 
 def cost(bench: Bench, about: Mapping[str, Any]) -> Cost:
@@ -94,52 +103,65 @@ def watcher(stage: Stage, bench: Bench, clock: Stopwatch) -> Watch:
     return Watch(progress, say, folder / "checkpoint.safetensors", stage.local["checkpoint_every"])
 
 
-def run(stage: Stage, bench: Bench, learner: Learner, objective: Objective, task: tuple[Stream, Interval]) -> Log:
+def run(bench: Bench, source: Source, member: Member) -> Member:
     """Train under the store's guard, so that a full disk at a checkpoint is one clear sentence."""
     with bench.store.guard():
-        return train(learner, objective, *task, watcher(stage, bench, Stopwatch()))
+        train(source, member)
+    return member
 
 
-def _train(stage: Stage, bench: Bench) -> tuple[Learner, Log]:
-    spec = stage.spec
-    about, job = spec["network"], spec["job"]
-    training = Training.model_validate(spec["training"])
-    data = bench.images(stage.needs["data"][0])
-    device = data.device
-    schedule = NoiseSchedule.from_scheduler_config(about["schedule"])
-    stream = Stream(
-        spec["seed"],
-        Law.from_spec(job["law"]),
-        job["batch"],
-        len(data),
-        spec["flip"],
-        training.group,
-        stage.needs["data"][0],
-    )
-    interval = Interval(*job["trains"])
-    setting = Setting(stream, data, Tables.of(schedule, device), about["prediction"], interval, job["horizon"])
-    network = build(bench, about, spec["seed"])
-    if spec["start"] == "teacher":
-        load_weights(network, bench.store.read(stage.needs["teacher"][0], "ema.safetensors"))
-    student = Call(bench.family(about), network, spec["precision"])
-    methods: dict[str, KDMethod] = {}
-    for ref in spec["methods"]:
-        plugin = bench.registry.get("kd_methods", ref["name"])
-        methods[ref["name"]] = plugin.load()(plugin.parse(ref["options"]))
-    objective = Distil(setting, student, Methods(methods), _teacher(stage, bench))
-    learner = Learner(network, training.model_dump(), course(job), spec["precision"], objective.adapters())
-    if spec["start"] == "continue":
-        learner.load(bench.store.read(stage.needs["start"][0], "state.safetensors"), resume=False)
-    return learner, run(stage, bench, learner, objective, (stream, interval))
+def source_of(stage: Stage, bench: Bench) -> Source:
+    """The stream of a stage, with its images and schedule."""
+    spec, (data,) = stage.spec, stage.needs["data"]
+    job, group = spec["job"], Training.model_validate(spec["training"]).group
+    images = open_images(bench.store.read(data, "train.npy"), bench.device)
+    stream = Stream(spec["seed"], Law.from_spec(job["law"]), job["batch"], len(images), spec["flip"], group, data)
+    schedule = NoiseSchedule.from_scheduler_config(spec["network"]["schedule"])
+    return Source(stream, images, Tables.of(schedule, images.device))
 
 
-def _teacher(stage: Stage, bench: Bench) -> Teacher | None:
+def teacher_of(stage: Stage, bench: Bench) -> Teacher | None:
+    """The frozen teacher of a stage that needs one."""
     if "teacher" not in stage.needs:
         return None
     artifact = stage.needs["teacher"][0]
     about = bench.network(artifact)
-    call = Call(bench.family(about), bench.denoiser(artifact, "ema"), stage.spec["precision"])
+    call = Call(bench.family(about), bench.denoiser(artifact, "ema"), stage.spec["precision"], bench.mode)
     return Teacher(call, about["prediction"])
+
+
+def begin(stage: Stage, bench: Bench) -> nn.Module:
+    """The network of a stage before its first step; one that continues a state takes it over when it is enlisted."""
+    network = build(bench, stage.spec["network"], stage.spec["seed"])
+    if stage.spec["start"] == "teacher":
+        load_weights(network, bench.store.read(stage.needs["teacher"][0], "ema.safetensors"))
+    return network
+
+
+def enlist(stage: Stage, bench: Bench, source: Source, network: nn.Module, teacher: Teacher | None) -> Member:
+    """All that a stage trains with: ``network``, its methods, its optimiser, and where it speaks to."""
+    spec = stage.spec
+    about, job, training = spec["network"], spec["job"], Training.model_validate(spec["training"])
+    interval = Interval(*job["trains"])
+    setting = Setting(source.stream, source.data, source.tables, about["prediction"], interval, job["horizon"])
+    methods: dict[str, KDMethod] = {}
+    for ref in spec["methods"]:
+        plugin = bench.registry.get("kd_methods", ref["name"])
+        methods[ref["name"]] = plugin.load()(plugin.parse(ref["options"]))
+    family = bench.family(about)
+    if stage.local["checkpoint_activations"]:
+        family.checkpoint_activations(network)
+    student = Call(family, network, spec["precision"], bench.mode)
+    objective = Distil(setting, student, Methods(methods), teacher)
+    learner = Learner(network, training.model_dump(), course(job), spec["precision"], objective.adapters())
+    if spec["start"] == "continue":
+        learner.load(bench.store.read(stage.needs["start"][0], "state.safetensors"), resume=False)
+    return Member(learner, objective, interval, watcher(stage, bench, Stopwatch()), training.micro_batch)
+
+
+def _alone(stage: Stage, bench: Bench) -> Member:
+    source = source_of(stage, bench)
+    return run(bench, source, enlist(stage, bench, source, begin(stage, bench), teacher_of(stage, bench)))
 
 
 def _copy_checkpoint(stage: Stage, bench: Bench, draft: Draft) -> None:

@@ -17,11 +17,12 @@ from ..core.models import ModelFamily
 from ..core.plugins import registry
 from ..core.schedule import NoiseSchedule
 from ..engine.denoiser import Call, Tables
-from ..engine.distil import Distil, Methods, Setting, Teacher
+from ..engine.distil import Distil, Methods, Setting
 from ..engine.kd import KDMethod
 from ..engine.learner import Course, Learner
-from ..engine.loop import Watch
+from ..engine.loop import Member
 from ..engine.loop import train as learn
+from ..engine.shared import Teacher
 from ..engine.stream import Stream
 
 SCHEDULE = NoiseSchedule()
@@ -91,7 +92,7 @@ def train(fresh: Fresh, folder: Path, students: int | None, width: float) -> dic
         learner = Learner(student.network, Training().model_dump(), course, adapters=objective.adapters())
         if job.start != "scratch":
             learner.load(folder / f"{job.start}.safetensors", resume=False)
-        learn(learner, objective, objective.setting.stream, job.trains, Watch())
+        learn(objective.setting.source(), Member(learner, objective, job.trains))
         learner.save(folder / f"{job.role}.safetensors", {})
         trained[job.role] = {key: value.clone() for key, value in learner.network.state_dict().items()}
     return trained

@@ -1,4 +1,4 @@
-"""FID, KID, Inception score, precision and recall, by torch-fidelity's functions on features."""
+"""FID, KID, Inception score, precision and recall of features: torch-fidelity's functions, on CUDA their equals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.engine.scoring import FeatureNetwork, Metric
 
+from .distances import ROWS, frechet_distance, kernel_distance, precision_recall
 from .extractors import load_network
 from .options import (
     InceptionScoreOptions,
@@ -27,8 +28,6 @@ from .options import (
 
 # fixed, as in torch-fidelity: which images fall together is part of the number
 SEED = 2020
-# rows of distances held at once
-DISTANCE_BATCH = 2000
 
 
 class _Fidelity(Metric):
@@ -42,15 +41,23 @@ class _Fidelity(Metric):
     def load(self, layers: Sequence[str]) -> FeatureNetwork:
         return load_network(self.options, self.dataset, layers, self.base)
 
+    def features(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The one layer of both, on the device that numbers are taken on."""
+        (layer,) = self.layers()
+        return generated[layer].to(self.device), reference[layer].to(self.device)
+
 
 class FrechetDistance(_Fidelity):
     """Fréchet distance between Gaussians fitted to the features (Heusel et al., arXiv 1706.08500), in float64."""
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-        (layer,) = self.layers()
-        ours, theirs = (fid_features_to_statistics(part[layer].double()) for part in (generated, reference))
-        found = fid_statistics_to_metric(ours, theirs, verbose=False)
-        return dict(zip(fid_columns(self.options, self.dataset), [found[KEY_METRIC_FID]], strict=True))
+        ours, theirs = self.features(generated, reference)
+        if ours.is_cuda:
+            value = frechet_distance(ours, theirs)
+        else:
+            statistics = (fid_features_to_statistics(part.double()) for part in (ours, theirs))
+            value = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+        return dict(zip(fid_columns(self.options, self.dataset), [value], strict=True))
 
 
 class KernelDistance(_Fidelity):
@@ -59,18 +66,19 @@ class KernelDistance(_Fidelity):
     options: KernelOptions
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-        (layer,) = self.layers()
-        ours, theirs = generated[layer].double(), reference[layer].double()
-        size = self.options.subset_size
+        ours, theirs = self.features(generated, reference)
+        size, subsets = self.options.subset_size, self.options.subsets
         if min(len(ours), len(theirs)) < size:
             raise UserError(
                 f"metrics.kid.subset_size: subsets of {size} do not fit into {len(ours)} generated and {len(theirs)} "
                 "reference images; lower it or raise sampling.images"
             )
-        found = kid_features_to_metric(
-            ours, theirs, kid_subsets=self.options.subsets, kid_subset_size=size, rng_seed=SEED, verbose=False
-        )
-        return dict(zip(kid_columns(self.options, self.dataset), [found[KEY_METRIC_KID_MEAN]], strict=True))
+        if ours.is_cuda:
+            value = kernel_distance(ours, theirs, subsets, size, SEED)
+        else:
+            drawn = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": SEED}
+            value = kid_features_to_metric(ours.double(), theirs.double(), **drawn, verbose=False)[KEY_METRIC_KID_MEAN]
+        return dict(zip(kid_columns(self.options, self.dataset), [value], strict=True))
 
 
 class InceptionScore(_Fidelity):
@@ -83,7 +91,7 @@ class InceptionScore(_Fidelity):
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         (layer,) = self.layers()
-        logits, splits = generated[layer], self.options.splits
+        logits, splits = generated[layer].to(self.device), self.options.splits
         if len(logits) < splits:
             raise UserError(
                 f"metrics.inception_score.splits: {len(logits)} images make no {splits} splits; "
@@ -99,21 +107,18 @@ class PrecisionRecall(_Fidelity):
     options: PrecisionRecallOptions
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-        (layer,) = self.layers()
-        ours, theirs, neighbours = generated[layer], reference[layer], self.options.neighbours
+        (ours, theirs), neighbours = self.features(generated, reference), self.options.neighbours
         if min(len(ours), len(theirs)) <= neighbours:
             raise UserError(
                 f"metrics.precision_recall.neighbours: {neighbours} neighbours need more than {len(ours)} generated "
                 f"and {len(theirs)} reference images; lower it or raise sampling.images"
             )
-        # in parts: the whole matrix of distances of 50,000 images would be 10 GB
-        found = prc_features_to_metric(
-            ours,
-            theirs,
-            prc_neighborhood=neighbours,
-            prc_batch_size=DISTANCE_BATCH,
-            save_cpu_ram=True,
-            verbose=False,
-        )
-        values = [found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]]
+        values: tuple[float, float]
+        if ours.is_cuda:
+            values = precision_recall(ours, theirs, neighbours)
+        else:
+            # in parts: the whole matrix of distances of 50,000 images would be 10 GB
+            parts = {"prc_neighborhood": neighbours, "prc_batch_size": ROWS, "save_cpu_ram": True}
+            found = prc_features_to_metric(ours, theirs, **parts, verbose=False)
+            values = found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
         return dict(zip(precision_recall_columns(self.options, self.dataset), values, strict=True))

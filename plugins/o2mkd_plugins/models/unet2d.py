@@ -153,6 +153,20 @@ class UNet2D(ModelFamily):
             found["mid"] = "mid_block"
         return found | {f"up.{i}": f"up_blocks.{i}" for i in range(len(unet.up_blocks))}
 
+    def optimise(self, network: nn.Module) -> nn.Module:
+        """A twin with fused normalisations in half precision; in float32, the reference, ``network`` itself."""
+        import torch
+
+        if next(network.parameters()).dtype not in (torch.float16, torch.bfloat16):
+            return network
+        from .fused import fuse
+
+        return fuse(network)
+
+    def checkpoint_activations(self, network: nn.Module) -> None:
+        """Every block computes its activations again in the backward pass."""
+        cast(Any, network).enable_gradient_checkpointing()
+
 
 def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``config`` with every argument of UNet2DModel explicit and diffusers' own notes dropped.
