@@ -6,6 +6,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -50,6 +51,8 @@ class Frame:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.small: bool = arguments.small
+        self.warm: bool = arguments.warm
+        self._parts = arguments.parts
         self.device = torch.device(arguments.device)
         self.cuda = self.device.type == "cuda"
         self.mode = Mode(arguments.compile or ("on" if self.cuda else "off"), self.cuda)
@@ -90,6 +93,8 @@ class Frame:
         Cases come warm: what is compiled or captured at a first call has been.
         """
         read: dict[str, list[float]] = {name: [] for name in cases}
+        if self.warm:
+            return dict.fromkeys(cases, math.nan)
         for _ in range(rounds):
             for name, once in cases.items():
                 read[name].append(self.seconds(once))
@@ -119,6 +124,8 @@ class Frame:
     def part(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
         """Measure one part and note it; one that fails leaves its error, and the next begins."""
         begin = time.monotonic()
+        if self._parts and name not in self._parts:
+            return
         if self.spent():
             self.found[name] = {"left_out": f"the budget of {self._budget:.0f} s was spent"}
         else:
@@ -152,6 +159,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--compile", choices=("off", "on", "max"), help="default: on with CUDA, off without")
     made.add_argument("--budget", type=float, default=3600, help="seconds after which no further part is begun")
     made.add_argument("--json", type=Path, help="where the readings go")
+    made.add_argument("--parts", nargs="+", help="these alone")
+    made.add_argument("--warm", action="store_true", help="only fill the compiler's cache on disk; nothing is read")
     return made
 
 

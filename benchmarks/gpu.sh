@@ -9,25 +9,29 @@ export PYTHONPATH=$PWD:$PWD/plugins${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=
 mkdir -p "$out"
 end=$((SECONDS + 530))
 networks=(--device cuda) images=(--device cuda --images 50000)
-[[ ${REHEARSE:-} ]] && networks=(--device cpu --small) images=(--device cpu --images 16)
+[[ ${REHEARSE:-} ]] && networks=(--device cpu --small --compile on) images=(--device cpu --images 16)
 
 # part NAME SECONDS COMMAND...: at most so long, and never beyond the end; what it has read by then is kept
 part() {
-  local name=$1 most=$2 left=$((end - SECONDS - 5))
+  local name=$1 most=$2 left=$((end - SECONDS - 5)) begun=$SECONDS
   shift 2
   ((most > left)) && most=$left
   ((most < 10)) && { echo "$name: no time left" >&2; return; }
-  echo "== $name, at most $most s" >&2
   timeout "$most" "$@" >"$out/$name.log" 2>&1 || echo "$name: ended with status $?: $(tail -n 1 "$out/$name.log")" >&2
+  echo "$name: $((SECONDS - begun)) s" >&2
 }
 
-part sampling 245 "$python" benchmarks/sampling.py "${networks[@]}" --budget 190 --json "$out/sampling.json"
-part training 200 "$python" benchmarks/training.py "${networks[@]}" --budget 160 --json "$out/training.json"
-part scoring 80 "$python" benchmarks/scoring.py "${images[@]}" --json "$out/scoring.json"
-part harness 60 "$python" benchmarks/harness.py --json "$out/harness.json"
-if "$python" -c 'import pytest_benchmark' 2>/dev/null; then
-  part overheads 60 "$python" -m pytest -q --no-cov benchmarks/test_overheads.py --benchmark-json "$out/overheads.json"
-else
-  echo "overheads: pytest-benchmark is not installed" >&2
-fi
+# one after the other the compilations would take the time there is: here they are all made at once, and found below
+cache=$(mktemp -d)
+trap 'rm -rf "$cache"' EXIT
+export TORCHINDUCTOR_CACHE_DIR=$cache/inductor TRITON_CACHE_DIR=$cache/triton
+for parts in batch_256 "half_width batch_1" batch_1024; do
+  part "warm ${parts// /-}" 130 "$python" benchmarks/sampling.py "${networks[@]}" --warm --parts $parts &
+done
+part "warm training" 130 "$python" benchmarks/training.py "${networks[@]}" --warm --parts ours_7 bound &
+wait
+
+part sampling 250 "$python" benchmarks/sampling.py "${networks[@]}" --json "$out/sampling.json"
+part training 140 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
+part scoring 160 "$python" benchmarks/scoring.py "${images[@]}" --json "$out/scoring.json"
 "$python" benchmarks/table.py "$out" | tee "$out/table.md"

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def pipeline(frame: Frame, dtype: torch.dtype, batch: int, steps: int = STEPS) -
         pipe(batch_size=batch, num_inference_steps=steps, output_type="pt").images.cpu()
         true_float32()
 
-    pipe(batch_size=batch, num_inference_steps=2, output_type="pt")  # cuDNN and the allocator are warm then
+    if not frame.warm:
+        pipe(batch_size=batch, num_inference_steps=2, output_type="pt")  # cuDNN and the allocator are warm then
     return once
 
 
@@ -61,10 +63,10 @@ def by_hand(frame: Frame, config: Mapping[str, Any], batch: int) -> Case:
 
     if frame.cuda:
         evaluate = captured(evaluate)
-    return warm(many)
+    return warmed(many)
 
 
-def warm(case: Case) -> Case:
+def warmed(case: Case) -> Case:
     """The case after one call, which compiles and captures."""
     case()
     return case
@@ -82,7 +84,12 @@ def captured(once: Case) -> Case:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
-    return graph.replay
+
+    def replay(what: Case = once) -> None:
+        # a graph owns neither the kernels nor the tensors that it reads: ``what`` holds them
+        graph.replay()
+
+    return replay
 
 
 def ours(frame: Frame, networks: Sequence[nn.Module], batch: int, batches: int = 1) -> Case:
@@ -120,8 +127,8 @@ def throughput(frame: Frame, batch: int) -> dict[str, Any]:
     batches = max(1, 768 // batch) if frame.cuda else 1
     fast = {
         "by_hand": by_hand(frame, frame.config, batch),
-        "ours": warm(ours(frame, [frame.frozen(frame.config)], batch, batches)),
-        "ours_4": warm(ours(frame, [frame.frozen(frame.config, seed) for seed in range(4)], batch, batches)),
+        "ours": warmed(ours(frame, [frame.frozen(frame.config)], batch, batches)),
+        "ours_4": warmed(ours(frame, [frame.frozen(frame.config, seed) for seed in range(4)], batch, batches)),
     }
     seconds = frame.interleaved({**slow, **fast})
     share = dict.fromkeys(slow, steps / STEPS) | {"by_hand": 1, "ours": batches, "ours_4": batches}
@@ -133,7 +140,7 @@ def half_width(frame: Frame, batch: int) -> dict[str, Any]:
     config, batches = frame.half(), 3 if frame.cuda else 1
     cases = {
         "by_hand": by_hand(frame, config, batch),
-        "ours": warm(ours(frame, [frame.frozen(config)], batch, batches)),
+        "ours": warmed(ours(frame, [frame.frozen(config)], batch, batches)),
     }
     seconds = frame.interleaved(cases)
     rates = {n: batch * (batches if n == "ours" else 1) / s for n, s in seconds.items()}
@@ -145,7 +152,7 @@ def latency(frame: Frame) -> dict[str, Any]:
     cases = {
         "diffusers_bf16": pipeline(frame, torch.bfloat16, 1),
         "by_hand": by_hand(frame, frame.config, 1),
-        "ours": warm(ours(frame, [frame.frozen(frame.config)], 1)),
+        "ours": warmed(ours(frame, [frame.frozen(frame.config)], 1)),
     }
     return {"batch": 1, "seconds": frame.interleaved(cases, rounds=5)}
 
@@ -155,19 +162,30 @@ def ceiling(frame: Frame) -> dict[str, Any]:
 
 
 def startup(frame: Frame, batch: int) -> dict[str, Any]:
-    """Seconds from K networks on the device to the first image, each in a process whose compiler remembers nothing."""
-    return {"batch": batch, "seconds": {f"K={k}": _cold(frame, k, batch) for k in (1, 8)}}
+    """Seconds from K networks on the device to the first images, for compilers that remember nothing."""
+    with ExitStack() as running:
+        started = {f"K={k}": running.enter_context(_cold(frame, k, batch)) for k in (1, 8)}
+        return {"batch": batch, "seconds": {name: _ended(process) for name, process in started.items()}}
 
 
-def _cold(frame: Frame, students: int, batch: int) -> float:
+@contextmanager
+def _cold(frame: Frame, students: int, batch: int) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own; those of all K run at the same time, and so share the machine's noise."""
     command = [sys.executable, __file__, "--device", str(frame.device), "--compile", frame.mode.compile]
     command += ["--first-image", str(students), str(batch), *(["--small"] if frame.small else [])]
     with tempfile.TemporaryDirectory() as folder:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-        done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return float(json.loads(done.stdout.splitlines()[-1]))
+        with subprocess.Popen(
+            command, env=os.environ | fresh, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            yield process
+
+
+def _ended(process: subprocess.Popen[str]) -> float:
+    told, complaint = process.communicate()
+    if process.returncode:
+        raise RuntimeError(complaint.strip().splitlines()[-1])
+    return float(json.loads(told.splitlines()[-1]))
 
 
 def first_image(frame: Frame, students: int, batch: int) -> float:
@@ -191,11 +209,11 @@ def main() -> None:
         print(json.dumps(first_image(frame, *arguments.first_image)))
         return
     batches = (4, 8) if frame.small else (256, 1024)
+    frame.part("startup", lambda: startup(frame, batches[0]))
     frame.part("ceiling", lambda: ceiling(frame))
     frame.part("batch_256", lambda: throughput(frame, batches[0]))
-    frame.part("batch_1", lambda: latency(frame))
-    frame.part("startup", lambda: startup(frame, batches[0]))
     frame.part("half_width", lambda: half_width(frame, batches[0]))
+    frame.part("batch_1", lambda: latency(frame))
     frame.part("batch_1024", lambda: throughput(frame, batches[1]))
     print(json.dumps(frame.found, indent=1))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ def measured(frame: Frame, step: Step, steps: int, warmup: int = 3) -> float:
     """Median seconds of a step, of three runs of ``steps`` of them."""
     for _ in range(warmup):
         step()
+    if frame.warm:
+        return math.nan
 
     def many() -> None:
         for _ in range(steps):

@@ -127,12 +127,23 @@ class TestCompiled:
         assert dynamo.accumulated_recompile_limit >= 4096
 
     @pytest.mark.filterwarnings("error")
-    def test_a_second_batch_size_is_compiled_for_all_that_follow(self, graphs):
-        call = Call(Family(), Denoiser().eval(), "fp32", ON)
+    @pytest.mark.parametrize(("trained", "count"), [(True, 1), (False, 2)])
+    def test_batch_sizes_of_training_share_a_graph(self, graphs, trained, count):
+        # a frozen network's first size, often the only one, has a graph of its own
+        call = Call(Family(), Denoiser().eval().requires_grad_(trained), "fp32", ON)
         for size in (3, 4, 5, 9):
             x, t = batch(size)
             close(call(x, t), call.eager(x, t))
-        assert len(graphs) == 2
+        assert len(graphs) == count
+
+    def test_a_captured_batch_size_has_a_graph_of_its_own(self, graphs):
+        call = Call(Family(), Denoiser().eval().requires_grad_(False), "fp32", ON)
+        router = Graphs([call], pytest.fail, None)
+        for count, size in enumerate((3, 4, 5, 9), 1):
+            router.fit(size)
+            x, t = batch(size)
+            close(router.ask(0, x, t), call.eager(x, t))
+            assert len(graphs) == count
 
     def test_a_compiler_that_fails_is_said_once_and_the_numbers_are_right(self, monkeypatch):
         refuse(monkeypatch, ValueError("no compiler\nin this house"))

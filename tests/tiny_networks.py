@@ -33,7 +33,7 @@ class Denoiser(nn.Module):
         self.out = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, x, t):
-        return self.out(torch.tanh(self.mid(x) + t.view(-1, 1, 1, 1) / 1000))
+        return self.out(torch.tanh(self.mid(x) + (t.view(-1, 1, 1, 1) / 1000).to(x.dtype)))
 
 
 def call(network, precision="fp32"):

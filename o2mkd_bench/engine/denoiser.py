@@ -79,7 +79,8 @@ class Call:
         self.mode = mode
         self._say = say
         cuda = any(p.is_cuda for p in network.parameters())
-        frozen = cuda and not any(p.requires_grad for p in network.parameters())
+        self._trained = any(p.requires_grad for p in network.parameters())
+        frozen = cuda and not self._trained
         self._input = self.dtype if frozen else torch.float32
         if cuda and self.dtype != torch.float32:
             network.to(dtype=self._input, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,6 +128,10 @@ class Call:
         return ask
 
     def _in_precision(self, run: Callable[..., Any], network: nn.Module, x: Tensor, t: Tensor, last: Any) -> Any:
+        if self._trained and self.mode.compile != "off":
+            # students of one architecture see whole batches, halves and quarters: one graph for all of them
+            for value in (x, t):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != self._input):
             return run(self.family, network, x, t, last, self._input)
 

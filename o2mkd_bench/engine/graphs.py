@@ -102,6 +102,9 @@ class Graphs:
             raise ValueError(f"{len(x)} images do not fit a batch of {self._batch}")
         if self._buffers is None:
             self._buffers = (x.new_zeros(self._batch, *x.shape[1:]), t.new_zeros(self._batch))
+            for buffer in self._buffers:
+                # a second size is compiled for itself, not for all sizes
+                torch._dynamo.mark_static(buffer)
         # rows beyond keep what they had: no network looks from one image at another
         self._buffers[0][: len(x)].copy_(x)
         self._buffers[1][: len(t)].copy_(t)

@@ -159,7 +159,7 @@ def extract(
 
 
 def extract_ahead(
-    module: Any, pixels: Tensor, channels: int, batch: int, device: torch.device, channels_last: bool = True
+    module: Any, pixels: Tensor, channels: int, batch: int, device: torch.device, channels_last: bool = False
 ) -> dict[str, Tensor]:
     """``extract`` by a ``module`` that is on ``device``, whose kernels run one after the other without the host.
 
