@@ -161,6 +161,37 @@ def ceiling(frame: Frame) -> dict[str, Any]:
     return {"matrix_flops": frame.matrix_rate(), "flops": frame.flops(frame.config)}
 
 
+KINDS = {
+    "normalisation": ("group_norm",),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "convolutions": ("conv", "fprop", "xmma", "cutlass"),
+    "products": ("gemm", "nvjet", "cublas"),
+}
+"""Parts of a kernel's name, in the order in which they are looked for."""
+
+
+def profile(frame: Frame, batch: int) -> dict[str, Any]:
+    """Where the time of one call goes, in microseconds by kind of kernel."""
+    torch.compiler.reset()
+    cases = {"by_hand": by_hand(frame, frame.config, batch), "ours": ours(frame, [frame.frozen(frame.config)], batch)}
+    return {"batch": batch, "microseconds": {name: kinds(frame, warmed(case)) for name, case in cases.items()}}
+
+
+def kinds(frame: Frame, case: Case) -> dict[str, float]:
+    """Device time of each kind of kernel, of one of the 50 calls that ``case`` makes."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if frame.cuda else activity.CPU]) as seen:
+        case()
+        frame.wait()
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in seen.key_averages():
+        # the compiler names its own kernels after all that stood around them; it leaves convolutions to libraries
+        name = event.key.lower().replace("convolution", "") if event.key.startswith("triton") else event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+        spent[kind] += (event.self_device_time_total if frame.cuda else event.self_cpu_time_total) / STEPS
+    return spent
+
+
 def startup(frame: Frame, batch: int) -> dict[str, Any]:
     """Seconds from K networks on the device to the first images, for compilers that remember nothing."""
     with ExitStack() as running:
@@ -215,6 +246,7 @@ def main() -> None:
     frame.part("half_width", lambda: half_width(frame, batches[0]))
     frame.part("batch_1", lambda: latency(frame))
     frame.part("batch_1024", lambda: throughput(frame, batches[1]))
+    frame.part("profile", lambda: profile(frame, batches[0]))
     print(json.dumps(frame.found, indent=1))
 
 

@@ -79,6 +79,7 @@ def sampling(found: Readings) -> Iterator[Row]:
         yield Row(f"batch 1: {names[name]}", None if value is None else 1e3 * value, "ms")
     yield Row("batch 1: (a bf16) / (c), in time", ratio(seconds["diffusers_bf16"], seconds["ours"]), "", 8)
     yield from ceiling(found, first)
+    yield from profile(found)
     start = {k: get(found, "startup", "seconds", k) for k in ("K=1", "K=8")}
     for k, value in start.items():
         yield Row(f"start to first images, {k}", value, "s")
@@ -101,6 +102,15 @@ def ceiling(found: Readings, rates: Mapping[str, float | None]) -> Iterator[Row]
     yield Row("(b): share of the matrix rate", share(rates["by_hand"], flops), "%")
     yield Row("(c): share of the matrix rate", share(rates["ours"], flops), "%", 50)
     yield Row("half width (c): share of the matrix rate", share(half.get("ours"), half_flops), "%")
+
+
+def profile(found: Readings) -> Iterator[Row]:
+    """Where the time of one call of the network goes."""
+    for who, text in (("by_hand", "(b)"), ("ours", "(c)")):
+        spent = get(found, "profile", "microseconds", who) or {}
+        whole = sum(spent.values())
+        for kind in ("convolutions", "products", "normalisation", "attention", "other"):
+            yield Row(f"one call, {text}: {kind}", 100 * spent[kind] / whole if whole else None, "%")
 
 
 def training(found: Readings) -> Iterator[Row]:
