@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from .core.cohorts import gather
 from .core.errors import CorruptArtifact, Diverged, NetworkUnavailable, StageFailed, StoreError, UserError
 from .core.events import Event, Kind
 from .core.machine import machine_record
-from .core.plan import Plan, Stage
+from .core.plan import Expectation, Plan, Stage
 from .core.sources import sources
 from .core.status import UNAVAILABLE, Survey
 from .core.store import Draft
@@ -53,6 +53,8 @@ class Walk:
     _alone: set[str] = field(default_factory=set)
     _begun: set[str] = field(default_factory=set)
     _ended: set[str] = field(default_factory=set)
+    # why nothing is trained from a teacher, or nothing; once known
+    _verdicts: dict[Expectation, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Make every missing stage of the plan's cells.
@@ -78,7 +80,8 @@ class Walk:
             if self._settled(stage):
                 continue
             waiting = [*held.values(), *queue[place:]]
-            if not held.keys().isdisjoint(stage.inputs()) or not self._attend(stage, waiting, wait=False):
+            awaited = [*stage.inputs(), *(one.score for one in self._expected(stage))]
+            if not held.keys().isdisjoint(awaited) or not self._attend(stage, waiting, wait=False):
                 held[stage.identity] = stage
         return [stage for stage in held.values() if not self._settled(stage)]
 
@@ -112,7 +115,7 @@ class Walk:
         if stage.identity in self._alone or stage.local.get("cohort") == 1:
             return []
         pending = {one.identity: one for one in queue if not self._settled(one)}
-        others = [one for name, one in pending.items() if name not in self._alone]
+        others = [one for name, one in pending.items() if name not in self._alone and not self._doubted(one, pending)]
         return gather(stage, others, lambda name: name not in pending and name not in self.failed)
 
     def _together(self, first: Stage, others: Sequence[Stage], lock: ExitStack) -> None:
@@ -204,7 +207,49 @@ class Walk:
         cause = next((name for name in stage.inputs() if name in self.failed), None)
         if cause is not None:
             self.failed[stage.identity] = f"needs {self.plan.stages[cause].label}, which failed"
-        return cause is not None
+        return cause is not None or self._refused(stage)
+
+    def _expected(self, stage: Stage) -> list[Expectation]:
+        return [one for one in self.plan.expectations if one.concerns(stage)]
+
+    def _doubted(self, stage: Stage, pending: Container[str]) -> bool:
+        """Whether ``stage`` would use a teacher that is not, or not yet, known to be what it should be."""
+        return any(one.score in pending or self._verdict(one) for one in self._expected(stage))
+
+    def _refused(self, stage: Stage) -> bool:
+        """Whether ``stage`` would use a teacher that is not what it should be, which is then its failure."""
+        for one in self._expected(stage):
+            if reason := self._verdict(one):
+                self.failed[stage.identity] = reason
+                # under the teacher's name, so that all that is refused for it reads the same
+                self.bench.store.fail(stage.identity, self.plan.stages[one.stage].label, reason, "user")
+                return True
+        return False
+
+    def _verdict(self, expected: Expectation) -> str:
+        """Why nothing is trained from a teacher whose score is there; what is wrong with it is said once."""
+        if expected not in self._verdicts:
+            found, cause = self._score(expected), self.failed.get(expected.score)
+            if found is None:
+                cause = cause or f"it gives no {expected.column}"
+                said = f"{expected.where}: not checked, as what it scores is not known ({cause})"
+            else:
+                said = expected.complaint(found)
+            refused = found is not None and expected.refuse
+            self._verdicts[expected] = said if refused else ""
+            if said and refused:
+                self._stopped = self._stopped or self.fail_fast
+                self._say("failed", self.plan.stages[expected.stage], {"reason": said, "category": "user"})
+            elif said:
+                self.bench.tell(said)
+        return self._verdicts[expected]
+
+    def _score(self, expected: Expectation) -> float | None:
+        while True:
+            try:
+                return expected.found(self.bench.store)
+            except CorruptArtifact as damage:
+                self.repair(damage)
 
     def _make(self, stage: Stage) -> None:
         """Make ``stage``, whose lock is held, remaking inputs that turn out to be damaged."""

@@ -21,7 +21,7 @@ def document(session: Session) -> dict[str, Any]:
     """The content of ``results.json``.
 
     Raises:
-        CorruptArtifact: when a stored score, speed or probe is damaged.
+        CorruptArtifact: when a stored score, speed, probe or loss is damaged.
     """
     survey = Survey(session.plan, session.store)
     record = machine_record()
@@ -40,6 +40,8 @@ def document(session: Session) -> dict[str, Any]:
         "networks": _networks(session, survey),
         "metrics": _metrics(session, survey),
         "references": _references(session, survey),
+        "teacher_steps": list(session.suite.sampling.teacher_steps),
+        "teachers": _teachers(session, survey),
         "rows": rows,
     }
 
@@ -126,6 +128,26 @@ def _references(session: Session, survey: Survey) -> list[dict[str, Any]]:
             entry["scores"] |= content["scores"]
             entry["images"] = content["protocol"]["images"]
     return list(merged.values())
+
+
+def _teachers(session: Session, survey: Survey) -> list[dict[str, Any]]:
+    """What teachers should score and what they do, and their epsilon loss at a few timesteps."""
+    return [
+        {
+            "dataset": one.dataset,
+            "teacher": one.teacher,
+            "column": one.column,
+            "expected": one.value,
+            "tolerance": one.tolerance,
+            "found": (found := one.found(session.store)),
+            "as_expected": None if found is None else not one.complaint(found),
+            "sampler": one.sampler,
+            "steps": one.steps,
+            "seed": one.seed,
+            "loss": session.store.read_json(one.loss, "loss.json") if survey.present(one.loss) else None,
+        }
+        for one in session.plan.expectations
+    ]
 
 
 def _row(session: Session, survey: Survey, standing: Standing) -> dict[str, Any]:

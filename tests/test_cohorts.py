@@ -108,6 +108,19 @@ def test_what_differs_in_the_stream_trains_apart(grid, key, value):
     assert gather(one, [free], lambda name: True) == [free]
 
 
+def test_a_job_with_a_stream_of_its_own_trains_apart():
+    def stage(**job):
+        spec = {"seed": 0, "flip": False, "precision": "fp32", "training": {}, "network": {"schedule": {}}}
+        job = {"batch": 8, "law": {}, **job}
+        return Stage.make("student", str(job), {**spec, "job": job}, {"data": ("data",)})
+
+    plain, normalised, first, second = stage(), stage(normalise=[5]), stage(stream=1), stage(stream=2)
+    twin = stage(stream=1, steps=3)
+    queue = [plain, normalised, first, second, twin]
+    assert gather(plain, queue, lambda name: True) == [normalised]
+    assert gather(first, queue, lambda name: True) == [twin]
+
+
 def test_two_teachers_do_not_fuse_and_a_student_without_one_joins_either(grid):
     found = grid(wrappers=["single"])
     taught, free = found.stages

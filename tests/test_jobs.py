@@ -216,6 +216,75 @@ def test_the_control_follows_the_joint_law_of_equally_treated_experts():
     assert control.images == plain().images
 
 
+def test_the_control_with_normalised_losses_differs_in_its_loss_alone():
+    options = {"students": 3, "intervals": (250, 600), "normalise": True, "scale": 2}
+    (control,) = Single(SingleOptions(**options)).wrap(plain(), LIFT)
+    (longer,) = Single(SingleOptions(scale=2)).wrap(plain(), LIFT)
+    assert control == replace(longer, normalise=(250, 600))
+    assert control.spec() == {**longer.spec(), "normalise": [250, 600]}
+    (by_rule,) = Single(SingleOptions(students=2, intervals="snr", normalise=True)).wrap(plain(), LIFT)
+    assert by_rule.normalise == (snr(2, NoiseSchedule())[0],)
+
+
+@pytest.mark.parametrize("options", [{}, {"students": 2}, {"intervals": "uniform"}])
+def test_a_loss_is_not_normalised_without_intervals(options):
+    with pytest.raises(UserError, match=r"wrappers\.o2mkd\.normalise: it needs the intervals.*give students"):
+        Single(SingleOptions(normalise=True, **options)).wrap(plain(), LIFT)
+
+
+def test_what_is_not_set_enters_no_identity():
+    spec = {"trains", "law", "batch", "steps", "offset", "horizon", "pace"}
+    assert set(plain().spec()) == spec
+    assert all(set(job.spec()) == spec for job in lift())
+
+
+GENERALISTS = list(
+    itertools.product(
+        [(250,), "uniform"], ["width", "equal"], ["share", "full"], ["total", "per_student"], [0.0, 0.3], [0.0, 0.2]
+    )
+)
+
+
+@pytest.mark.parametrize(("intervals", "allocation", "batch", "budget", "warmup", "overlap"), GENERALISTS)
+def test_without_specialising_each_student_sees_as_much_as_its_twin(
+    intervals, allocation, batch, budget, warmup, overlap
+):
+    options = {"intervals": intervals, "allocation": allocation, "expert_batch": batch, "budget": budget}
+    options |= {"warmup": warmup, "overlap": overlap}
+    twins, jobs = lift(1000, **options), lift(1000, specialise=False, **options)
+    check_jobs(jobs, T, "w")
+    for twin, job in zip(twins, jobs, strict=True):
+        assert (job.images, job.steps, job.pace()) == (twin.images, twin.steps, twin.pace())
+        assert (job.role, job.serves, job.start, job.offset) == (twin.role, twin.serves, twin.start, twin.offset)
+    assert jobs[:-2] == twins[:-2], "the warm-up is the same stage"
+    edges = [Interval(0, 250), Interval(250, T)]
+    law = Law.equal(edges) if (allocation, intervals) == ("equal", (250,)) else Law.uniform(WHOLE)
+    assert [(job.trains, job.law, job.stream) for job in experts(jobs)] == [(WHOLE, law, 1), (WHOLE, law, 2)]
+    assert all(isinstance(job.batch, int) for job in jobs)
+    for rule in ("equal_total", "per_student"):
+        assert baseline_steps(jobs, rule, 120) == baseline_steps(twins, rule, 120)
+
+
+def test_a_share_without_specialising_is_whole_images():
+    jobs = lift(init="scratch", intervals=(250,), specialise=False)
+    assert [(job.batch, job.steps, job.images, job.spec()["stream"]) for job in jobs] == [
+        (30, 100, 3000, 1),
+        (90, 100, 9000, 2),
+    ]
+    message = r"o2mkd\.specialise: expert 0 on \[0, 303\) gets 36\.36 images a step.*use expert_batch: full"
+    with pytest.raises(UserError, match=message):
+        lift(intervals="snr", specialise=False)
+    assert [job.batch for job in lift(intervals="snr", specialise=False, expert_batch="full")] == [120] * 3
+    assert [job.batch for job in lift(intervals="snr", specialise=False, allocation="equal")] == [120, 60, 60]
+
+
+def test_a_job_continues_one_with_its_running_means():
+    warmup, low, high = (replace(job, normalise=(500,)) for job in lift())
+    check_jobs((warmup, low, high), T, "w")
+    with pytest.raises(UserError, match=r"w: expert-1 continues warmup, whose running means.*give both the same"):
+        check_jobs((warmup, low, replace(high, normalise=())), T, "w")
+
+
 def test_baselines_see_what_the_lifted_jobs_see():
     total, each = lift(1000), lift(1000, budget="per_student", warmup=0.25)
     assert baseline_steps(total, "equal_total", 120) == 1000

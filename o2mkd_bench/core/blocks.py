@@ -87,6 +87,7 @@ Compile = Annotated[
 ]
 Baseline = Literal["equal_total", "per_student"]
 UNIQUE = AfterValidator(_unique)
+_LADDER_SCHEMA = {"anyOf": [*_COUNT_SCHEMA["anyOf"], {"type": "array", "items": _COUNT_SCHEMA}]}
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), UNIQUE]
 Steps = Annotated[
     tuple[Count, ...],
@@ -95,6 +96,8 @@ Steps = Annotated[
     UNIQUE,
     WithJsonSchema({"anyOf": [_COUNT_SCHEMA, {"type": "array", "items": _COUNT_SCHEMA, "minItems": 1}]}),
 ]
+
+Ladder = Annotated[tuple[Count, ...], BeforeValidator(_one_or_more), UNIQUE, WithJsonSchema(_LADDER_SCHEMA)]
 
 
 class Block(Options):
@@ -164,6 +167,24 @@ class Schedule(Block):
     timesteps: Annotated[int, Field(ge=2)] = 1000
 
 
+class Expect(Block):
+    """What a teacher scores if it is what it says it is, under the suite's own protocol and its first seed.
+
+    Attributes:
+        column: of one of the suite's metrics.
+        sampler: the label of one that is not trained.
+        tolerance: how far away the score may lie, as a share of ``value``.
+        refuse: whether nothing is trained from a teacher that lies further away; else it is only said.
+    """
+
+    column: Annotated[str, Field(min_length=1)]
+    value: Positive
+    sampler: Annotated[str, Field(min_length=1)]
+    steps: Count
+    tolerance: NotNegative = 0.15
+    refuse: bool = True
+
+
 class StudentEntry(Block):
     """A student's network, derived from the teacher's.
 
@@ -197,6 +218,7 @@ class Sampling(Block):
         images: how many a cell generates for its scores.
         batch: how many at a time; ``auto`` is as many as memory holds, at most 1024. Halved when memory runs out.
         weights: which weights of a student are scored.
+        teacher_steps: further rows of the teacher alone, for each sampler that is not trained.
     """
 
     images: Count = 1000
@@ -204,6 +226,7 @@ class Sampling(Block):
     spacing: Spacing = "trailing"
     clip: Clip = "x0"
     weights: Annotated[tuple[Weights, ...], Field(min_length=1), UNIQUE] = ("ema",)
+    teacher_steps: Ladder = ()
 
 
 class Speed(Block):

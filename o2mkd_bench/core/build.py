@@ -36,11 +36,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Limb:
-    """A teacher, the rows of its own, and the branches of its students."""
+    """A teacher, the rows of its own, the branches of its students, and the row that shows what it is."""
 
     entry: TeacherEntry
     rows: tuple[tuple[Draw, Labels], ...]
     branches: tuple[Branch, ...]
+    expected: tuple[Draw, Labels] | None = None
 
 
 def build(
@@ -88,7 +89,9 @@ class Builder:
             baseline_of = tuple(dict.fromkeys((*known.baseline_of, *cell.baseline_of)))
             found[key] = replace(kept, baseline_of=baseline_of) if baseline_of != kept.baseline_of else kept
         self.plan.cells = list(found.values())
-        self.plan.stages = self.plan.closure(self.plan.wanted())
+        # a teacher that is not what it should be is known before anything is made from it
+        first = self.plan.closure(expectation.score for expectation in self.plan.expectations)
+        self.plan.stages = {**first, **self.plan.closure(self.plan.wanted())}
         return self.plan
 
     def _cells(self, only: Sequence[Accept]) -> Iterator[Cell]:
@@ -106,9 +109,7 @@ class Builder:
                 if teacher is None:
                     yield from _unresolved(limb)
                     continue
-                trained = Trained((), (), (teacher.stage,), (teacher.config,), teacher.prediction)
-                for draw, labels in limb.rows:
-                    yield self.measures.cell(Subject(source, teacher, trained, labels), draw, "teacher")
+                yield from self._teacher(source, teacher, limb)
                 for branch in limb.branches:
                     yield from self._students(source, teacher, branch)
 
@@ -133,11 +134,21 @@ class Builder:
             rows = tuple(row for row in asked if s.selects(row[1]) and all(accept(row[1]) for accept in only))
             if rows:
                 branches.append(Branch(student, method, wrapper, budget, seed, rows))
-        # a teacher's images are drawn from the one set of weights it has
-        free = {(d.entry.label, d.steps): replace(d, weights="ema") for d in draws if not d.sampler.needs_rounds}
-        own = ((draw, {**base, "seed": seed, **_labels(draw)}) for draw in free.values() for seed in s.seeds)
+        ladder = self._ladder(draws)
+        own = ((draw, {**base, "seed": seed, **_labels(draw)}) for draw in ladder for seed in s.seeds)
         rows = tuple(row for row in own if self._teacher_row(row[1]) and all(accept(row[1]) for accept in only))
-        return Limb(entry, rows, tuple(branches))
+        if entry.expect is None or not (rows or branches):
+            return Limb(entry, rows, tuple(branches))
+        draw = next(replace(d, steps=entry.expect.steps) for d in ladder if d.entry.label == entry.expect.sampler)
+        return Limb(entry, rows, tuple(branches), (draw, {**base, "seed": s.seeds[0], **_labels(draw)}))
+
+    def _ladder(self, draws: Sequence[Draw]) -> list[Draw]:
+        """How a teacher's images are drawn: from the one set of weights it has, also at steps that no student takes."""
+        found = {}
+        for draw in draws:
+            for steps in () if draw.sampler.needs_rounds else (draw.steps, *self.suite.sampling.teacher_steps):
+                found[draw.entry.label, steps] = replace(draw, steps=steps, weights="ema")
+        return list(found.values())
 
     def _teacher_row(self, labels: Labels) -> bool:
         """Whether include and exclude leave a teacher's row, which stays whatever they say about axes it has not."""
@@ -147,6 +158,19 @@ class Builder:
         return not own or any(not patterns or Rule(**patterns).matches(labels) for patterns in own)
 
     # what they are made of
+
+    def _teacher(self, source: Source, teacher: TeacherSource, limb: Limb) -> Iterator[Cell]:
+        """The rows of a teacher, first the one that shows what it is."""
+        trained = Trained((), (), (teacher.stage,), (teacher.config,), teacher.prediction)
+        if limb.expected is not None:
+            assert limb.entry.expect is not None
+            draw, labels = limb.expected
+            subject = Subject(source, teacher, trained, labels)
+            cell = self.measures.cell(subject, draw, "teacher")
+            self.measures.expected(limb.entry.expect, subject, cell)
+            yield cell
+        for draw, labels in limb.rows:
+            yield self.measures.cell(Subject(source, teacher, trained, labels), draw, "teacher")
 
     def _students(self, source: Source, teacher: TeacherSource, branch: Branch) -> Iterator[Cell]:
         """The rows of one branch, and those of its baselines."""
@@ -198,7 +222,7 @@ def _has(rule: Rule, labels: Labels) -> bool:
 
 def _unresolved(limb: Limb) -> Iterator[Cell]:
     reason = f"hub teacher {limb.entry.hub} is not on this machine yet; `run` downloads it"
-    for _, labels in limb.rows:
+    for _, labels in (limb.expected, *limb.rows) if limb.expected is not None else limb.rows:
         yield Cell(labels, "teacher", unresolved=reason)
     for branch in limb.branches:
         for _, labels in branch.rows:

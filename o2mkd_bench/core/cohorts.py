@@ -16,7 +16,7 @@ def stream_of(stage: Stage) -> list[Any]:
     """What stages must have in common to see the same noised images at each step, for one of :data:`KINDS`."""
     spec, job = stage.spec, stage.spec["job"]
     group = spec["training"].get("group", Training.model_fields["group"].default)
-    stream = [spec["seed"], stage.needs["data"], job["batch"], job["law"], spec["flip"], group]
+    stream = [spec["seed"], job.get("stream", 0), stage.needs["data"], job["batch"], job["law"], spec["flip"], group]
     return [*stream, spec["precision"], spec["network"]["schedule"]]
 
 

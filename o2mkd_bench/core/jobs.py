@@ -29,6 +29,8 @@ class Job:
         offset: steps of the lineage before this job: its first position in the stream.
         horizon: steps over which learning rate and EMA horizon are laid out, the same along a lineage.
         student: the student spec, which a wrapper may replace.
+        normalise: inner edges of intervals whose losses are each divided by their running mean; () for the plain loss.
+        stream: 0 for the stream that all jobs of a seed read; another number for one of other images, t and noise.
     """
 
     role: str
@@ -41,6 +43,8 @@ class Job:
     start: str = "scratch"
     offset: int = 0
     student: Mapping[str, Any] = field(default_factory=dict)
+    normalise: tuple[int, ...] = ()
+    stream: int = 0
 
     @property
     def images(self) -> Fraction:
@@ -48,8 +52,11 @@ class Job:
         return self.steps * self.batch * self.law.mass(self.trains)
 
     def spec(self) -> dict[str, Any]:
-        """What of a job decides its result; where it serves does not."""
-        return {
+        """What of a job decides its result; where it serves does not.
+
+        ``normalise`` and ``stream`` are in it where they are set.
+        """
+        spec: dict[str, Any] = {
             "trains": [self.trains.lo, self.trains.hi],
             "law": self.law.spec(),
             "batch": self.batch,
@@ -58,6 +65,11 @@ class Job:
             "horizon": self.horizon,
             "pace": str(self.pace()),
         }
+        if self.normalise:
+            spec["normalise"] = list(self.normalise)
+        if self.stream:
+            spec["stream"] = self.stream
+        return spec
 
     def pace(self) -> Fraction:
         """Schedule positions per step: above 1 when an expert must run through what is left in fewer steps.
@@ -122,9 +134,10 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
 
     Raises:
         UserError: naming ``where``, unless roles differ, every job has a step and starts from scratch, the teacher or a
-            job before it, and the jobs' ``serves`` cover ``[0, timesteps)`` exactly once.
+            job before it with the same ``normalise``, and the jobs' ``serves`` cover ``[0, timesteps)`` exactly once.
     """
     known = {"scratch", "teacher"}
+    normalised = {job.role: job.normalise for job in jobs}
     for job in jobs:
         if job.start not in known:
             raise UserError(f"{where}: {job.role} starts from {job.start!r}, which is no job before it")
@@ -132,6 +145,11 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
             raise UserError(f"{where}: two jobs have the role {job.role!r}, or one of the words scratch and teacher")
         if job.steps < 1:
             raise UserError(f"{where}: {job.role} would train {job.steps} steps; raise the budget")
+        if normalised.get(job.start, job.normalise) != job.normalise:
+            raise UserError(
+                f"{where}: {job.role} continues {job.start}, whose running means are those of other intervals; give "
+                "both the same normalise"
+            )
         known.add(job.role)
     served = sorted(job.serves for job in jobs if job.serves is not None)
     ends = [0, *(i.hi for i in served)]

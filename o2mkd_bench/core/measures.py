@@ -10,10 +10,10 @@ from .errors import PluginError, UserError
 from .grid import time_grid
 from .identity import identity
 from .mode import PLAIN, Mode
-from .plan import Cell, Plan, Stage, Trained
+from .plan import Cell, Expectation, Plan, Stage, Trained
 from .program import Program
 from .schedule import NoiseSchedule
-from .suite import SamplerEntry, Suite, Use
+from .suite import Expect, SamplerEntry, Suite, Use
 from .training import Draw, Source, TeacherSource, at, reference
 
 
@@ -34,6 +34,7 @@ class Scoring:
     spec: Mapping[str, Any]
     needs: Mapping[str, tuple[str, ...]]
     local: Mapping[str, Any]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,34 @@ class Measures:
             facts={"spacing": course["spacing"], "clip": course["clip"], "precision": course["precision"]},
             baseline_of=baseline_of,
         )
+
+    def expected(self, expect: Expect, subject: Subject, cell: Cell) -> None:
+        """Note what ``cell``, a row of a teacher, should score; its epsilon loss is measured beside it."""
+        teacher, labels = subject.teacher, subject.labels
+        scored = zip(self._scoring(subject.source), cell.scores, strict=True)
+        timesteps = teacher.schedule.timesteps
+        spec = {
+            "t": [timesteps * tenth // 10 for tenth in (1, 3, 5, 7, 9)],
+            "images": self.suite.probe.images,
+            "precision": self.suite.precision,
+        }
+        needs = {"data": (subject.source.stage,), "teacher": (teacher.stage,)}
+        found = Expectation(
+            where=at(self.suite, f"teachers.{teacher.name}.expect"),
+            dataset=labels["dataset"],
+            teacher=teacher.name,
+            sampler=expect.sampler,
+            steps=expect.steps,
+            seed=labels["seed"],
+            column=expect.column,
+            value=expect.value,
+            tolerance=expect.tolerance,
+            refuse=expect.refuse,
+            stage=teacher.stage,
+            score=next(score for scoring, score in scored if expect.column in scoring.columns),
+            loss=self.plan.add(Stage.make("loss", f"loss {subject.name} {teacher.name}", spec, needs)),
+        )
+        self.plan.expectations.append(found)
 
     def references(self, source: Source) -> None:
         """What the scores of noise and of held-out real images are, so that a reader can place the rows."""
@@ -220,7 +249,8 @@ class Measures:
         label = f"reference {source.use.label} {network['network']}"
         known = self.plan.add(Stage.make("reference", label, basis, {"data": (source.stage,)}, local))
         spec = {**basis, "images": self.suite.sampling.images}
-        return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local)
+        columns = tuple(c for u in uses for c in u.plugin.traits["columns"](u.options, source.use.name))
+        return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local, columns)
 
     def _network(self, use: Use, source: Source) -> dict[str, Any]:
         """The feature network of a metric, its number of images checked."""

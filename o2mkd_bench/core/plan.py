@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .identity import identity
 from .jobs import Job
 from .program import Round
+
+if TYPE_CHECKING:
+    from .store import Store
 
 # One number per kind of engine stage; raise it when the same spec gives another result.
 SEMANTICS = {
@@ -22,6 +25,7 @@ SEMANTICS = {
     "score": 1,
     "speed": 1,
     "probe": 1,
+    "loss": 1,
 }
 
 AXES = ("dataset", "teacher", "student", "method", "wrapper", "sampler", "steps", "budget", "weights", "seed")
@@ -103,6 +107,57 @@ class Cell:
         return " / ".join(str(self.labels[a]) for a in AXES if self.labels.get(a) not in ("", None))
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """What a teacher should score.
+
+    Attributes:
+        where: file and key, for the start of a sentence.
+        stage, score, loss: the artifacts of the teacher, of its score, and of its epsilon loss.
+        tolerance: how far from ``value`` the score may lie, as a share of it.
+        refuse: whether nothing is trained from a teacher that lies further away.
+    """
+
+    where: str
+    dataset: str
+    teacher: str
+    sampler: str
+    steps: int
+    seed: int
+    column: str
+    value: float
+    tolerance: float
+    refuse: bool
+    stage: str
+    score: str
+    loss: str
+
+    def concerns(self, stage: Stage) -> bool:
+        """Whether ``stage`` uses the teacher for more than to measure it."""
+        return self.stage in stage.inputs() and stage.kind not in ("samples", "loss")
+
+    def found(self, store: Store) -> float | None:
+        """What it scores; None where that is not known.
+
+        Raises:
+            CorruptArtifact: when the stored score is damaged.
+        """
+        if not store.has(self.score):
+            return None
+        value = store.read_json(self.score, "scores.json")["scores"].get(self.column)
+        return None if value is None else float(value)
+
+    def complaint(self, found: float) -> str:
+        """One sentence when ``found`` lies further away than the tolerance, else nothing; NaN is always far away."""
+        if abs(found - self.value) <= self.tolerance * self.value:
+            return ""
+        mend = "name the right teacher, mend the value, or train from it anyway with expect.refuse: false"
+        return (
+            f"{self.where}: {self.column} of {self.sampler} {self.steps} is {found:.4g}, expected {self.value:.4g} "
+            f"within {self.tolerance:.0%}; {mend if self.refuse else 'trained from all the same, as refuse is false'}"
+        )
+
+
 @dataclass
 class Plan:
     """Stages by identity, each after those it needs, and the cells."""
@@ -110,6 +165,7 @@ class Plan:
     stages: dict[str, Stage] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     references: list[dict[str, Any]] = field(default_factory=list)
+    expectations: list[Expectation] = field(default_factory=list)
 
     def add(self, stage: Stage) -> str:
         self.stages.setdefault(stage.identity, stage)
@@ -127,6 +183,6 @@ class Plan:
         return {name: stage for name, stage in self.stages.items() if name in need}
 
     def wanted(self) -> list[str]:
-        """The stages that cells and references ask for by name."""
+        """The stages that cells, references and expectations ask for by name."""
         ends = [i for cell in self.cells for i in cell.stages()]
-        return [*(r["score"] for r in self.references), *ends]
+        return [*(r["score"] for r in self.references), *(e.loss for e in self.expectations), *ends]

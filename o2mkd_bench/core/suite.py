@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from .blocks import (
     Compile,
     Count,
     Device,
+    Expect,
     Probe,
     Rule,
     Sampling,
@@ -43,6 +44,7 @@ from .uses import PluginUse, Problems, Use, Uses
 
 __all__ = [
     "Budget",
+    "Expect",
     "MethodEntry",
     "Probe",
     "Rule",
@@ -81,6 +83,7 @@ class TeacherEntry(Block):
         dataset: label of the dataset it belongs to; a suite may leave it out if there is only one.
         path: relative to the suite's folder.
         schedule: null is linear for ``train``, and the folder's own for ``path`` and ``hub``.
+        expect: what it should score; a teacher that is far from it is not trained from.
     """
 
     name: Annotated[str, SOME]
@@ -91,6 +94,7 @@ class TeacherEntry(Block):
     revision: str | None = None
     schedule: Schedule | None = None
     prediction: Prediction = "epsilon"
+    expect: Expect | None = neutral(None)
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherEntry:
@@ -189,11 +193,17 @@ class Suite(Block):
             "method": tuple(entry.label for entry in self.methods),
             "wrapper": tuple(entry.label for entry in self.wrappers),
             "sampler": tuple(entry.label for entry in self.samplers),
-            "steps": tuple(dict.fromkeys(str(n) for entry in self.samplers for n in entry.steps)),
+            "steps": tuple(dict.fromkeys(map(str, self._steps()))),
             "budget": tuple(budget.label for budget in self.budgets),
             "seed": tuple(map(str, self.seeds)),
             "weights": self.sampling.weights,
         }
+
+    def _steps(self) -> Iterator[int]:
+        for entry in self.samplers:
+            yield from entry.steps
+        yield from self.sampling.teacher_steps
+        yield from (teacher.expect.steps for teacher in self.teachers if teacher.expect is not None)
 
     def selects(self, cell: Mapping[str, Any]) -> bool:
         """Whether ``cell`` (axis to label) is in the grid: no rule excludes it, and one includes it if any do."""
@@ -252,6 +262,7 @@ def _build(root: Node, base: Path, registry: Registry | None, *, strict_rules: b
         problems.invalid(error, Suite)
         raise problems.error() from error
     _check_labels(suite, problems)
+    _check_expected(suite, problems)
     if strict_rules:
         _check_rules(suite, problems)
     problems.check()
@@ -338,6 +349,29 @@ def _check_labels(suite: Suite, problems: Problems) -> None:
         for number, name in enumerate(names):
             if name in names[:number]:
                 problems.add((key, number), f"two {key} are called {name!r}; {mend}")
+
+
+def _check_expected(suite: Suite, problems: Problems) -> None:
+    """What a teacher should score can be measured: by a metric of the suite, on what a sampler of it draws."""
+    samplers = {entry.label: entry.use for entry in suite.samplers}
+    names = {use.label: use.name for use in suite.datasets}
+    for number, teacher in enumerate(suite.teachers):
+        if teacher.expect is None:
+            continue
+        path, expect = ("teachers", number, "expect"), teacher.expect
+        # what declares no columns is refused when the suite is planned
+        known = [(use.plugin.traits.get("columns", lambda *_: ()), use.options) for use in suite.metrics]
+        columns = [column for give, options in known for column in give(options, names[teacher.dataset])]
+        if expect.column not in columns:
+            text = f"no metric of this suite gives {expect.column!r}{near(expect.column, columns)}"
+            problems.add((*path, "column"), f"{text} (known: {', '.join(columns)})")
+        use = samplers.get(expect.sampler)
+        if use is None:
+            text = f"no sampler of this suite is called {expect.sampler!r}{near(expect.sampler, list(samplers))}"
+            problems.add((*path, "sampler"), f"{text} (known: {', '.join(samplers)})")
+        elif use.plugin.load().needs_rounds:
+            text = f"{expect.sampler!r} trains students of its own; name a sampler that draws from the teacher"
+            problems.add((*path, "sampler"), text)
 
 
 def _check_rules(suite: Suite, problems: Problems) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .lines import Line, Metric, Results, Section
+from .teachers import beside, expected
 from .text import decimals, finite, listed, si
 
 BASELINE = "†"
@@ -39,8 +40,16 @@ def varying(sections: Sequence[Section]) -> list[str]:
 def notes(results: Results, sections: Sequence[Section]) -> list[str]:
     """Footnotes as plain sentences, the most needed first."""
     every = [line for section in sections for line in section.lines]
-    found = [*_reading(every), *_protocols(sections), *_references(results, sections), *_baselines(every)]
-    return [*found, *_settings(sections), *_sharing(every), *_machine(results, every), *_gaps(every)]
+    found = [*_reading(every), *_protocols(sections), *_references(results, sections), *expected(results)]
+    return [
+        *found,
+        *beside(results, sections),
+        *_baselines(every),
+        *_settings(sections),
+        *_sharing(every),
+        *_machine(results, every),
+        *_gaps(every),
+    ]
 
 
 def _reading(every: Sequence[Line]) -> list[str]:

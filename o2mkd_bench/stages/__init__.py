@@ -22,6 +22,7 @@ MAKERS = {
     "score": "scores:make_score",
     "speed": "speed:make",
     "probe": "probe:make",
+    "loss": "probe:make_loss",
 }
 
 

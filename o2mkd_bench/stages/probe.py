@@ -1,17 +1,24 @@
-"""Student against teacher over t: why O2MKD helps, or does not."""
+"""Student against teacher over t: why O2MKD helps, or does not. And the teacher against the noise itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.mode import PLAIN
 from ..core.plan import Stage
 from ..core.store import Draft
+from ..engine.denoiser import Experts
 from ..engine.philox import Philox
 from .bench import Bench, Stopwatch, write_json
 
 BATCH = 64
+
+Gap = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""An error of a batch, from x_t (B, C, H, W), t int64 (B,) and the noise that is in x_t."""
 
 
 def make(stage: Stage, bench: Bench, draft: Draft) -> None:
@@ -22,15 +29,41 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     spec, clock = stage.spec, Stopwatch()
     # a compilation would take longer than the few calls there are
     students = bench.experts(stage.needs["students"], spec["edges"], spec["weights"], spec["precision"], PLAIN)
-    teacher = bench.experts(stage.needs["teacher"], [], "ema", spec["precision"], PLAIN)
+    teacher = _teacher(stage, bench)
+
+    def gap(x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return students.predict(x_t, t, "epsilon") - teacher.predict(x_t, t, "epsilon")
+
+    timesteps = len(teacher.tables.alpha)
+    points = sorted({round(t) for t in np.linspace(0, timesteps - 1, spec["points"]).tolist()})
+    errors = _curve(stage, bench, teacher, points, gap)
+    write_json(draft.dir / "probe.json", {"t": points, "error": errors})
+    draft.meta["seconds"] = clock.seconds()
+
+
+def make_loss(stage: Stage, bench: Bench, draft: Draft) -> None:
+    """``loss.json``: mean squared difference of the teacher's epsilon and the noise at each timestep of ``t``.
+
+    On the same images and noise as the probe of students: what the teacher was trained to make small.
+    """
+    clock, teacher, points = Stopwatch(), _teacher(stage, bench), stage.spec["t"]
+    errors = _curve(stage, bench, teacher, points, lambda x_t, t, noise: teacher.predict(x_t, t, "epsilon") - noise)
+    write_json(draft.dir / "loss.json", {"t": points, "error": errors})
+    draft.meta["seconds"] = clock.seconds()
+
+
+def _teacher(stage: Stage, bench: Bench) -> Experts:
+    return bench.experts(stage.needs["teacher"], [], "ema", stage.spec["precision"], PLAIN)
+
+
+def _curve(stage: Stage, bench: Bench, teacher: Experts, points: Sequence[int], gap: Gap) -> list[float]:
+    """The mean square of ``gap`` at each of ``points``."""
     data = bench.images(stage.needs["data"][0], "test")
     if len(data) == 0:
         data = bench.images(stage.needs["data"][0])
-    count = min(spec["images"], len(data))
+    count = min(stage.spec["images"], len(data))
     images = data[:count].float().div(127.5).sub(1)
     noise = Philox.for_purpose(0, "probe").normal(torch.arange(count, device=images.device), images.shape[1:])
-    timesteps = len(teacher.tables.alpha)
-    points = sorted({round(t) for t in np.linspace(0, timesteps - 1, spec["points"]).tolist()})
     errors = []
     for done, t in enumerate(points):
         # added up where it is, so that nothing waits for the device within a point
@@ -39,9 +72,7 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
             times = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device)
             x_t = teacher.tables.alpha[t] * x0 + teacher.tables.sigma[t] * fresh
             with torch.no_grad():
-                gap = students.predict(x_t, times, "epsilon") - teacher.predict(x_t, times, "epsilon")
-            total += gap.square().flatten(1).mean(1).double().sum()
+                total += gap(x_t, times, fresh).square().flatten(1).mean(1).double().sum()
         errors.append(float(total) / count)
         bench.progress(stage, done + 1, len(points))
-    write_json(draft.dir / "probe.json", {"t": points, "error": errors})
-    draft.meta["seconds"] = clock.seconds()
+    return errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from ..engine.images import open_images
 from ..engine.kd import KDMethod
 from ..engine.learner import Course, Learner
 from ..engine.loop import Member, Watch, train
+from ..engine.normalised import Normalised
 from ..engine.philox import Philox
-from ..engine.shared import Source, Teacher
+from ..engine.shared import Objective, Source, Teacher
 from ..engine.stream import Stream
 from ..engine.weights import load_checkpoint, load_weights, read_weights, save_weights
 from .bench import Bench, Stopwatch, write_json
@@ -115,7 +117,9 @@ def source_of(stage: Stage, bench: Bench) -> Source:
     spec, (data,) = stage.spec, stage.needs["data"]
     job, group = spec["job"], Training.model_validate(spec["training"]).group
     images = open_images(bench.store.read(data, "train.npy"), bench.device)
-    stream = Stream(spec["seed"], Law.from_spec(job["law"]), job["batch"], len(images), spec["flip"], group, data)
+    own, law = job.get("stream", 0), Law.from_spec(job["law"])
+    seed = Philox.torch_seed(spec["seed"], f"stream {own}") if own else spec["seed"]
+    stream = Stream(seed, law, job["batch"], len(images), spec["flip"], group, data)
     schedule = NoiseSchedule.from_scheduler_config(spec["network"]["schedule"])
     return Source(stream, images, Tables.of(schedule, images.device))
 
@@ -143,7 +147,9 @@ def enlist(stage: Stage, bench: Bench, source: Source, network: nn.Module, teach
     spec = stage.spec
     about, job, training = spec["network"], spec["job"], Training.model_validate(spec["training"])
     interval = Interval(*job["trains"])
-    setting = Setting(source.stream, source.data, source.tables, about["prediction"], interval, job["horizon"])
+    # students that start alike on streams of their own have the adapters and draws of one seed, as experts do
+    draws = replace(source.stream, seed=spec["seed"])
+    setting = Setting(draws, source.data, source.tables, about["prediction"], interval, job["horizon"])
     methods: dict[str, KDMethod] = {}
     for ref in spec["methods"]:
         plugin = bench.registry.get("kd_methods", ref["name"])
@@ -152,7 +158,9 @@ def enlist(stage: Stage, bench: Bench, source: Source, network: nn.Module, teach
     if stage.local["checkpoint_activations"]:
         family.checkpoint_activations(network)
     student = Call(family, network, spec["precision"], bench.mode)
-    objective = Distil(setting, student, Methods(methods), teacher)
+    objective: Objective = Distil(setting, student, Methods(methods), teacher)
+    if "normalise" in job:
+        objective = Normalised(objective, source, job["normalise"])
     learner = Learner(network, training.model_dump(), course(job), spec["precision"], objective.adapters())
     if spec["start"] == "continue":
         learner.load(bench.store.read(stage.needs["start"][0], "state.safetensors"), resume=False)

@@ -18,7 +18,8 @@ class O2MKD(Wrapper):
 
     ``docs/semantics.md`` says what each option means for batch, steps and images; with one student the chain of
     warm-up and expert is, bit for bit on the CPU, the job that came in. Steps are rounded down, so that no job sees
-    more images than its budget.
+    more images than its budget. Without ``specialise`` each student has the steps and images of the expert in whose
+    place it stands, of all timesteps.
     """
 
     lifts = True
@@ -51,9 +52,26 @@ class O2MKD(Wrapper):
             )
             for k, (t, s, law, n) in enumerate(zip(trains, serves, laws, steps, strict=True))
         )
+        if not o.specialise:
+            experts = tuple(self._generalist(job, expert, k, serves, lift) for k, expert in enumerate(experts))
         if not warm:
             return experts
         return (replace(job, role="warmup", serves=None, steps=warm, horizon=horizon), *experts)
+
+    def _generalist(self, job: Job, expert: Job, k: int, serves: tuple[Interval, ...], lift: Lift) -> Job:
+        """Expert ``k`` on the timesteps of ``job``, on a stream of its own whose whole batch is the expert's share.
+
+        What all of them see together follows the law that the experts' samples follow.
+        """
+        share = expert.batch * expert.law.mass(expert.trains)
+        if share.denominator != 1:
+            raise UserError(
+                f"{lift.where}.specialise: expert {k} on {expert.trains} gets {float(share):.6g} images a step, and a "
+                "student on all timesteps only whole ones; use expert_batch: full, or a training.batch or intervals "
+                "that make each share whole"
+            )
+        law = job.law if self.options.allocation == "width" else Law.equal(serves)
+        return replace(expert, trains=job.trains, law=law, batch=int(share), stream=k + 1)
 
     def _layout(
         self, job: Job, serves: tuple[Interval, ...], trains: list[Interval], left: int

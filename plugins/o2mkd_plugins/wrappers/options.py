@@ -15,9 +15,14 @@ class SingleOptions(Options):
     """One student for all timesteps."""
 
     scale: float = Field(1.0, gt=0, description="times the budget this student sees")
-    students: int = Field(1, ge=1, description="with intervals: K of the experts whose joint law of t is followed")
+    students: int = Field(1, ge=1, description="with intervals: K, the number of experts that this student stands for")
     intervals: IntervalsOption | None = Field(
         None, description="a control: t follows the law of experts that see equally many images each"
+    )
+    normalise: bool = Field(
+        False,
+        description="another control, with intervals: each interval's loss is divided by its running mean, and t "
+        "follows the uniform law",
     )
 
 
@@ -44,4 +49,9 @@ class O2MKDOptions(Options):
     )
     budget: Literal["total", "per_student"] = Field(
         "total", description="whether the suite's budget is for all students together or for each lineage"
+    )
+    specialise: bool = Field(
+        True,
+        description="false, a control: each of the K students learns all timesteps, from images, t and noise of its "
+        "own, in as many steps with as many images, and serves its interval; rounds of a sampler still go by interval",
     )

@@ -13,7 +13,11 @@ from .options import SingleOptions
 
 
 class Single(Wrapper):
-    """The job as it is, ``scale`` times as long, on the uniform law of t or on that of equally treated experts."""
+    """The job as it is, ``scale`` times as long, or a control beside experts (docs/semantics.md, Budget and fairness).
+
+    With ``intervals`` t follows the joint law of equally treated experts; with ``normalise`` too it stays uniform, and
+    each interval's loss counts relative to its running mean, as it does where an expert's Adam is blind to its scale.
+    """
 
     options: SingleOptions
 
@@ -23,7 +27,19 @@ class Single(Wrapper):
             raise UserError(
                 f"{lift.where}.scale: {self.options.scale} of {job.steps} steps is no step; use a larger scale"
             )
-        law = job.law
-        if self.options.intervals is not None:
-            law = Law.equal(resolve(self.options.intervals, self.options.students, lift))
-        return (replace(job, steps=steps, horizon=steps, law=law),)
+        longer = replace(job, steps=steps, horizon=steps)
+        if self.options.normalise:
+            return (replace(longer, normalise=self._edges(lift)),)
+        if self.options.intervals is None:
+            return (longer,)
+        return (replace(longer, law=Law.equal(resolve(self.options.intervals, self.options.students, lift))),)
+
+    def _edges(self, lift: Lift) -> tuple[int, ...]:
+        """Inner edges of the intervals whose losses are normalised."""
+        o = self.options
+        if o.intervals is None or o.students == 1:
+            raise UserError(
+                f"{lift.where}.normalise: it needs the intervals to normalise by; give students of at least 2 and "
+                "intervals, a rule by name or the inner edges"
+            )
+        return tuple(interval.lo for interval in resolve(o.intervals, o.students, lift)[1:])
