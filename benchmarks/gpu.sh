@@ -21,17 +21,20 @@ part() {
   echo "$name: $((SECONDS - begun)) s" >&2
 }
 
-# one after the other the compilations would take the time there is: here they are all made at once, and found below
+# one after the other the compilations would take the time there is: here they are all made at once, and found below;
+# what starts with empty caches is timed beside them
 cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$cache/inductor TRITON_CACHE_DIR=$cache/triton
+part "warm training" 170 "$python" benchmarks/training.py "${networks[@]}" --warm --parts ours_7 bound &
 for parts in batch_256 "half_width batch_1" batch_1024; do
-  part "warm ${parts// /-}" 130 "$python" benchmarks/sampling.py "${networks[@]}" --warm --parts $parts &
+  part "warm ${parts// /-}" 170 "$python" benchmarks/sampling.py "${networks[@]}" --warm --parts $parts &
 done
-part "warm training" 130 "$python" benchmarks/training.py "${networks[@]}" --warm --parts ours_7 bound &
+part startup 170 "$python" benchmarks/sampling.py "${networks[@]}" --parts startup --json "$out/startup.json" &
 wait
 
-part sampling 250 "$python" benchmarks/sampling.py "${networks[@]}" --json "$out/sampling.json"
-part training 140 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
+rest="ceiling batch_256 half_width batch_1 batch_1024"
+part sampling 210 "$python" benchmarks/sampling.py "${networks[@]}" --parts $rest --json "$out/sampling.json"
+part training 110 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
 part scoring 160 "$python" benchmarks/scoring.py "${images[@]}" --json "$out/scoring.json"
 "$python" benchmarks/table.py "$out" | tee "$out/table.md"

@@ -25,17 +25,18 @@ STEPS = 50
 Case = Callable[[], object]
 
 
-def pipeline(frame: Frame, dtype: torch.dtype, batch: int, steps: int = STEPS) -> Case:
+def pipeline(frame: Frame, dtype: torch.dtype, batch: int, steps: int = STEPS, tf32: bool = True) -> Case:
     """diffusers' pipeline, its bar off; images as tensors, its cheapest output, fetched to the host.
 
-    Float32 runs as torch's defaults have it: TF32 in convolutions.
+    With ``tf32`` float32 runs as torch's defaults have it: TF32 in convolutions.
     """
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     pipe = DDIMPipeline(frame.frozen(frame.config).to(dtype), scheduler)
     pipe.set_progress_bar_config(disable=True)
 
     def once() -> None:
-        torch_defaults()
+        if tf32:
+            torch_defaults()
         pipe(batch_size=batch, num_inference_steps=steps, output_type="pt").images.cpu()
         true_float32()
 
@@ -116,14 +117,16 @@ def ours(frame: Frame, networks: Sequence[nn.Module], batch: int, batches: int =
     return lambda: sample_images(program, SCHEDULE, denoise, noise, indices, batch)
 
 
-def throughput(frame: Frame, batch: int) -> dict[str, Any]:
-    """Images a second of everybody at one batch size; diffusers' at 1024 from a fifth of the steps."""
+def throughput(frame: Frame, batch: int, large: bool = False) -> dict[str, Any]:
+    """Images a second of everybody at one batch size; diffusers' at a ``large`` one from a fifth of the steps."""
     torch.compiler.reset()  # a second batch size in one process would be compiled for all sizes
-    steps = STEPS if batch <= 256 else STEPS // 5
+    steps = STEPS // 5 if large else STEPS
     slow = {
-        "diffusers_fp32": pipeline(frame, torch.float32, batch, steps),
+        "diffusers_tf32": pipeline(frame, torch.float32, batch, steps),
         "diffusers_bf16": pipeline(frame, torch.bfloat16, batch, steps),
     }
+    if not large:
+        slow["diffusers_fp32"] = pipeline(frame, torch.float32, batch, steps, tf32=False)
     batches = max(1, 768 // batch) if frame.cuda else 1
     fast = {
         "by_hand": by_hand(frame, frame.config, batch),
@@ -132,7 +135,11 @@ def throughput(frame: Frame, batch: int) -> dict[str, Any]:
     }
     seconds = frame.interleaved({**slow, **fast})
     share = dict.fromkeys(slow, steps / STEPS) | {"by_hand": 1, "ours": batches, "ours_4": batches}
-    return {"batch": batch, "images_per_second": {n: batch * share[n] / s for n, s in seconds.items()}}
+    found: dict[str, Any] = {n: batch * share[n] / s for n, s in seconds.items()}
+    told = {"batch": batch, "images_per_second": found}
+    if large or frame.warm:
+        return told
+    return told | {"microseconds": {n: kinds(frame, fast[n], STEPS * share[n]) for n in ("by_hand", "ours")}}
 
 
 def half_width(frame: Frame, batch: int) -> dict[str, Any]:
@@ -170,15 +177,8 @@ KINDS = {
 """Parts of a kernel's name, in the order in which they are looked for."""
 
 
-def profile(frame: Frame, batch: int) -> dict[str, Any]:
-    """Where the time of one call goes, in microseconds by kind of kernel."""
-    torch.compiler.reset()
-    cases = {"by_hand": by_hand(frame, frame.config, batch), "ours": ours(frame, [frame.frozen(frame.config)], batch)}
-    return {"batch": batch, "microseconds": {name: kinds(frame, warmed(case)) for name, case in cases.items()}}
-
-
-def kinds(frame: Frame, case: Case) -> dict[str, float]:
-    """Device time of each kind of kernel, of one of the 50 calls that ``case`` makes."""
+def kinds(frame: Frame, case: Case, calls: float) -> dict[str, float]:
+    """Microseconds of each kind of kernel in one of the ``calls`` of the network that ``case`` makes."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if frame.cuda else activity.CPU]) as seen:
         case()
@@ -188,7 +188,7 @@ def kinds(frame: Frame, case: Case) -> dict[str, float]:
         # the compiler names its own kernels after all that stood around them; it leaves convolutions to libraries
         name = event.key.lower().replace("convolution", "") if event.key.startswith("triton") else event.key.lower()
         kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-        spent[kind] += (event.self_device_time_total if frame.cuda else event.self_cpu_time_total) / STEPS
+        spent[kind] += (event.self_device_time_total if frame.cuda else event.self_cpu_time_total) / calls
     return spent
 
 
@@ -245,8 +245,7 @@ def main() -> None:
     frame.part("batch_256", lambda: throughput(frame, batches[0]))
     frame.part("half_width", lambda: half_width(frame, batches[0]))
     frame.part("batch_1", lambda: latency(frame))
-    frame.part("batch_1024", lambda: throughput(frame, batches[1]))
-    frame.part("profile", lambda: profile(frame, batches[0]))
+    frame.part("batch_1024", lambda: throughput(frame, batches[1], large=True))
     print(json.dumps(frame.found, indent=1))
 
 

@@ -24,7 +24,14 @@ def test_what_was_not_read_is_an_empty_cell(tmp_path):
 
 
 def test_ratios_come_from_the_readings(tmp_path):
-    rates = {"diffusers_fp32": 40.0, "diffusers_bf16": 150.0, "by_hand": 400.0, "ours": 396.0, "ours_4": 380.0}
+    rates = {
+        "diffusers_fp32": 40.0,
+        "diffusers_tf32": 99.0,
+        "diffusers_bf16": 150.0,
+        "by_hand": 400.0,
+        "ours": 396.0,
+        "ours_4": 380.0,
+    }
     found = {
         "device": "some GPU",
         "torch": "2",
@@ -44,6 +51,7 @@ def test_ratios_come_from_the_readings(tmp_path):
     assert table["batch 256: (c) / (b)"] == ["0.99", "≥ 0.97", "yes"]
     assert table["batch 256: (d) / (c)"] == ["0.9596", "≥ 0.98", "**no**"]
     assert table["batch 256: (c) / (a fp32)"] == ["9.9", "≥ 8", "yes"]
+    assert table["batch 256: (c) / (a fp32 with TF32)"][0] == "4"
     # 400 images of 50 evaluations of 12.4 GFLOP, of 800 TFLOP/s
     assert table["(b): share of the matrix rate"][0] == "31 %"
     assert table["7 students: ours / plain"] == ["2.51", "≥ 2.5", "yes"]

@@ -91,7 +91,7 @@ def runner(frame: Frame, network: nn.Module, compiled: bool) -> Callable[[Tensor
     return lambda x, t: FAMILY.forward(network, x, t)
 
 
-def measured(frame: Frame, step: Step, steps: int, warmup: int = 3) -> float:
+def measured(frame: Frame, step: Step, steps: int, warmup: int = 4) -> float:
     """Median seconds of a step, of three runs of ``steps`` of them."""
     for _ in range(warmup):
         step()
@@ -155,7 +155,7 @@ def our_loop(frame: Frame, images: Tensor, batch: int, kinds: Sequence[int]) -> 
     # notes come every 200th part of a course, on which alone the loop waits for the device
     steps = 400 if frame.small else 10_000
     stream = Stream(0, Law.uniform(Interval(0, 1000)), batch, len(images), True)
-    teacher = Teacher(Call(FAMILY, frame.frozen(frame.config), "bf16", frame.mode, refuse), "epsilon")
+    teacher = Teacher(Call(FAMILY, frame.frozen(frame.config), "bf16", frame.mode, refuse, replay=True), "epsilon")
     tables = Tables.of(SCHEDULE, frame.device)
     marks = Marks(3 if frame.small else 4)
     members: list[Member] = []
@@ -163,7 +163,8 @@ def our_loop(frame: Frame, images: Tensor, batch: int, kinds: Sequence[int]) -> 
         setting = Setting(stream, images, tables, "epsilon", interval, steps)
         network = frame.network(frame.half(), 1).train()
         methods = Methods({"output": OutputMatching(OutputOptions())})
-        objective = Distil(setting, Call(FAMILY, network, "bf16", frame.mode, refuse), methods, teacher)
+        student = Call(FAMILY, network, "bf16", frame.mode, refuse, replay=True)
+        objective = Distil(setting, student, methods, teacher)
         learner = Learner(network, TRAINING, Course(steps, horizon=steps), "bf16", objective.adapters())
         # they go in step, so one of them tells the time for all
         members.append(Member(learner, objective, interval, Watch() if members else Watch(progress=marks)))
@@ -182,19 +183,20 @@ def bound(frame: Frame, batch: int) -> dict[str, Any]:
     """What no loop can beat: the teacher's pass alone, and each student's forward, backward and step alone."""
     from o2mkd_bench.engine.denoiser import Call
     from o2mkd_bench.engine.learner import Course, Learner
+    from o2mkd_bench.engine.replay import Tapped
 
     steps = 2 if frame.small else 15
-    teacher = Call(FAMILY, frame.frozen(frame.config), "bf16", frame.mode, refuse)
+    teacher = Call(FAMILY, frame.frozen(frame.config), "bf16", frame.mode, refuse, replay=True).tapped({}, "teacher")
     x, t = inputs(frame, batch)
     seconds = {"teacher": measured(frame, torch.no_grad()(lambda: teacher(x, t)), steps)}
     for k in WIDTHS:
         network = frame.network(frame.half(), 1).train()
-        student = Call(FAMILY, network, "bf16", frame.mode, refuse)
+        student = Call(FAMILY, network, "bf16", frame.mode, refuse, replay=True).tapped({}, "student")
         learner = Learner(network, TRAINING, Course(10**6, horizon=10**6), "bf16")
         some = inputs(frame, batch // k)
 
-        def step(student: Call = student, learner: Learner = learner, some: tuple[Tensor, Tensor] = some) -> None:
-            learner.step(student(*some).square().mean())
+        def step(student: Tapped = student, learner: Learner = learner, some: tuple[Tensor, Tensor] = some) -> None:
+            learner.step(student(*some)[0].square().mean())
 
         seconds[f"K={k}"] = measured(frame, step, steps)
     whole = seconds["teacher"] + sum(count * seconds[f"K={k}"] for k, count in WIDTHS.items())

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernel is Triton's")
 
 from o2mkd_plugins.models import fused
 
-# Every tile there is: whole and odd group widths, one and several chunks, one and several programs an image.
+# Every tile there is: whole and odd group widths, one and several programs an image, masked lanes.
 KERNEL = """
 import torch
 torch.library.wrap_triton = lambda kernel: kernel
@@ -27,7 +27,7 @@ for n, channels, size, groups in ((2, 32, 8, 8), (1, 96, 4, 8), (2, 24, 16, 2), 
     for dtype, near in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
         x = (3 * torch.randn(n, channels, size, size) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
         add, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((n, channels), (channels,), (channels,)))
-        assert kernels.norm_fits(x, groups)
+        assert kernels.norm_fits(x, torch.nn.GroupNorm(groups, channels))
         for extra in (None, add):
             for silu in (True, False):
                 rest = (extra, weight, bias, groups, 1e-6, silu)
@@ -40,7 +40,8 @@ x = (torch.randn(1, 8, 16, 16, dtype=torch.float64) + 1000).float().contiguous(m
 one, zero = torch.ones(8), torch.zeros(8)
 exact = torch.nn.functional.group_norm(x.double(), 2, eps=1e-6)
 assert (kernels.launch(x, None, one, zero, 2, 1e-6, False) - exact).abs().max() < 1e-3
-assert not kernels.norm_fits(torch.empty(1, 8, 3, 5), 2) and not kernels.norm_fits(torch.empty(1, 256, 8, 8), 1)
+for shape, groups in (((1, 8, 3, 5), 2), ((1, 512, 16, 16), 1), ((1, 32, 64, 64), 4)):
+    assert not kernels.norm_fits(torch.empty(*shape), torch.nn.GroupNorm(groups, shape[1])), shape
 """
 
 
@@ -107,7 +108,7 @@ def test_paths_that_both_have_give_the_same(network):
 
 def test_what_has_no_tile_goes_the_old_way(network):
     twin = fused.fuse(network)
-    # 6 x 6 and 3 x 3 pixels: no chunks of 8
+    # 6 x 6 and 3 x 3 pixels are no powers of two
     assert torch.equal(outputs(twin, 6), outputs(network, 6))
 
 

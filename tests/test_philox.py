@@ -1,6 +1,9 @@
 """The generator against the published vectors, and what it promises about order, subsets and purposes."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +130,24 @@ def test_devices_agree():
     assert torch.equal(generator.uint32(counters.cuda(), 99).cpu(), generator.uint32(counters, 99))
     here, there = generator.normal(counters, (3, 32, 32)), generator.normal(counters.cuda(), (3, 32, 32)).cpu()
     torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-7)
+
+
+KERNEL = """
+import torch
+from o2mkd_bench.engine import philox_cuda
+from o2mkd_bench.engine.philox import Philox
+
+counters = torch.tensor([0, 1, 77, (5 << 32) + 3, (1 << 62) - 1])
+for key, stream, elements in ((1, 0, 8), (2**64 - 1, 1, 4), (0xDEADBEEF12345678, 2**32 - 1, 4100)):
+    ours = philox_cuda.normal(counters, key, stream, -(-elements // 4)).flatten(1)[:, :elements]
+    assert torch.equal(ours, Philox(key).normal(counters, (elements,), stream)), (key, stream, elements)
+assert philox_cuda.normal(counters[:0], 1, 0, 3).shape == (0, 3, 4)
+"""
+
+
+def test_the_kernel_for_devices_draws_the_same():
+    pytest.importorskip("triton", reason="the kernel is Triton's")
+    # Triton's interpreter, which must be asked for before Triton is imported
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

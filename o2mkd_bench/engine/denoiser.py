@@ -16,10 +16,8 @@ from ..core.models import ModelFamily
 from ..core.schedule import NoiseSchedule, Prediction
 from .compiled import Say, shared
 from .kd import convert
+from .replay import Replay, Tapped
 from .taps import Taps
-
-Tapped = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(x, t) to the prediction and the features by name, all float32."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,9 +68,19 @@ class Call:
     """
 
     def __init__(
-        self, family: ModelFamily, network: nn.Module, precision: str, mode: Mode = PLAIN, say: Say = warn
+        self,
+        family: ModelFamily,
+        network: nn.Module,
+        precision: str,
+        mode: Mode = PLAIN,
+        say: Say = warn,
+        replay: bool = False,
     ) -> None:
-        """``say``: told once, in words, when the network cannot be compiled and runs uncompiled."""
+        """``say``: told once, in words, when the network cannot be compiled or captured.
+
+        ``replay``: :meth:`tapped` passes may be CUDA graphs, where the mode has them: each, and its gradient, is done
+        with before the next.
+        """
         self.family = family
         self.network = network
         self.dtype = DTYPES[precision]
@@ -85,6 +93,7 @@ class Call:
         if cuda and self.dtype != torch.float32:
             network.to(dtype=self._input, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fast = family.optimise(network) if frozen and mode.compile != "off" else network
+        self._replay = replay and cuda and mode.cuda_graphs
         self._compiled = shared(forward, family, self._fast, mode.compile) if mode.compile != "off" else None
 
     @property
@@ -109,8 +118,10 @@ class Call:
         Raises:
             UserError: as :class:`o2mkd_bench.engine.taps.Taps` does, ``where`` being the network in words.
         """
-        if not paths:
-            return lambda x, t: (self(x, t), {})
+        ask = self._ask(paths, where) if paths else lambda x, t: (self(x, t), {})
+        return Replay(ask, self.network if self._trained else None, self._say) if self._replay else ask
+
+    def _ask(self, paths: Mapping[str, str], where: str) -> Tapped:
         known = {path for path, _ in self._fast.named_modules()}
         network = self._fast if known.issuperset(paths.values()) else self.network
         taps = Taps(network, paths, where)

@@ -23,15 +23,15 @@ class Captured:
     """A call that was captured: ``replay`` does it again, from and to the same memory; ``output`` is where it ends."""
 
     replay: Callable[[], object]
-    output: Tensor
+    output: Any
     pool: Any
 
 
-Capture = Callable[[Callable[[], Tensor], Any, torch.device], Captured]
+Capture = Callable[[Callable[[], Any], Any, torch.device], Captured]
 """A call without arguments, the memory pool to share or None for a new one, and the device."""
 
 
-def capture(run: Callable[[], Tensor], pool: Any, device: torch.device) -> Captured:
+def capture(run: Callable[[], Any], pool: Any, device: torch.device) -> Captured:
     """``run`` as a CUDA graph, after a warm-up on a stream of its own.
 
     Raises:
@@ -94,7 +94,8 @@ class Graphs:
             return self.calls[k](*inputs)[: len(x)]
         captured = self._captured[k]
         captured.replay()
-        return captured.output[: len(x)].clone()
+        output: Tensor = captured.output[: len(x)].clone()
+        return output
 
     def _fill(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         assert self._batch is not None

@@ -5,7 +5,9 @@ Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (S
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 
@@ -83,6 +85,11 @@ class Philox:
     def normal(self, counters: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
         """Standard normal numbers, float32 (n, *shape), for ``counters`` int64 (n,), by Box and Muller (1958)."""
         elements = math.prod(shape)
+        if counters.is_cuda and _has_triton():
+            from . import philox_cuda
+
+            out = philox_cuda.normal(counters, self.key, _checked(stream), _blocks(elements))
+            return out.flatten(1)[:, :elements].reshape(-1, *shape)
         out = torch.empty(len(counters), _blocks(elements), 4, dtype=torch.float32, device=counters.device)
         for rows, (w0, w1, w2, w3) in self._words(counters, elements, stream):
             for i, (radial, angular) in enumerate(((w0, w1), (w2, w3))):
@@ -96,17 +103,26 @@ class Philox:
 
     def _words(self, counters: Tensor, elements: int, stream: int) -> Iterator[tuple[slice, Words]]:
         """Slices of rows and their words, each int64 (rows, blocks), so that temporaries stay small."""
-        if not 0 <= stream <= MASK:
-            raise ValueError(f"a Philox stream has 32 bits, got {stream}")
         blocks = _blocks(elements)
         block = torch.arange(blocks, device=counters.device)
         limit = _CPU_BLOCKS if counters.device.type == "cpu" else _DEVICE_BLOCKS
         chunk = max(1, limit // max(1, blocks))
         for start in range(0, len(counters), chunk):
             some = counters[start : start + chunk, None]
-            words = (block, torch.full_like(block[:1], stream), some & MASK, (some >> 32) & MASK)
+            words = (block, torch.full_like(block[:1], _checked(stream)), some & MASK, (some >> 32) & MASK)
             yield slice(start, start + chunk), philox4x32(words, self.key)
 
 
 def _blocks(elements: int) -> int:
     return -(-elements // 4)
+
+
+def _checked(stream: int) -> int:
+    if not 0 <= stream <= MASK:
+        raise ValueError(f"a Philox stream has 32 bits, got {stream}")
+    return stream
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.intervals import Interval
 from ..core.schedule import Prediction
-from .denoiser import Call, Tables, Tapped
+from .denoiser import Call, Tables
+from .replay import Tapped
 from .stream import Stream, StreamBatch
 
 if TYPE_CHECKING:

@@ -130,7 +130,8 @@ def teacher_of(stage: Stage, bench: Bench) -> Teacher | None:
         return None
     artifact = stage.needs["teacher"][0]
     about = bench.network(artifact)
-    call = Call(bench.family(about), bench.denoiser(artifact, "ema"), stage.spec["precision"], bench.mode)
+    family, network = bench.family(about), bench.denoiser(artifact, "ema")
+    call = Call(family, network, stage.spec["precision"], bench.mode, bench.tell, replay=True)
     return Teacher(call, about["prediction"])
 
 
@@ -157,7 +158,9 @@ def enlist(stage: Stage, bench: Bench, source: Source, network: nn.Module, teach
     family = bench.family(about)
     if stage.local["checkpoint_activations"]:
         family.checkpoint_activations(network)
-    student = Call(family, network, spec["precision"], bench.mode)
+    # passes of parts or of intervals add up their gradients, and recomputed ones draw in the middle
+    whole = training.micro_batch is None and "normalise" not in job and not stage.local["checkpoint_activations"]
+    student = Call(family, network, spec["precision"], bench.mode, bench.tell, replay=whole)
     objective: Objective = Distil(setting, student, Methods(methods), teacher)
     if "normalise" in job:
         objective = Normalised(objective, source, job["normalise"])

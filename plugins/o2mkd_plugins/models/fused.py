@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .kernels import CHANNELS, group_norm, norm_fits
+from .kernels import group_norm, norm_fits
 
 
 def fuse(network: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ class FusedNorm(nn.Module):
         self.inner = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if not norm_fits(x, self.inner.num_groups):
+        if not norm_fits(x, self.inner):
             return cast(Tensor, self.inner(x))
         return _norm(x, None, self.inner, silu=False)
 
@@ -53,7 +53,7 @@ class FusedResnet(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         block = self.inner
-        if not norm_fits(x, block.norm1.num_groups):
+        if not norm_fits(x, block.norm1, block.norm2):
             return cast(Tensor, block(x, temb))
         hidden = _norm(x, None, block.norm1, silu=True)
         # the bias goes into the sum that the second normalisation makes anyway
@@ -76,7 +76,7 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         block = self.inner
-        if not norm_fits(x, block.group_norm.num_groups):
+        if not norm_fits(x, block.group_norm):
             return cast(Tensor, block(x, temb=temb))
         n, channels, height, width = x.shape
         tokens = _norm(x, None, block.group_norm, silu=False).permute(0, 2, 3, 1).reshape(n, -1, channels)
@@ -100,7 +100,6 @@ def _plain_resnet(block: Any) -> bool:
         and block.time_embedding_norm == "default"
         and not block.skip_time_act
         and isinstance(block.nonlinearity, nn.SiLU)
-        and block.norm2.num_channels // block.norm2.num_groups <= CHANNELS
     )
 
 

@@ -1,6 +1,6 @@
 """A Triton kernel for what a small U-Net spends its time on beside convolutions; imported only where Triton is.
 
-Group normalisation over channels-last images: the second look at an image finds it in the L2 cache, so that memory is
+Group normalisation over channels-last images: a tile stays in registers from its mean to its result, so that memory is
 read once and written once, and the bias, time embedding and activation around it cost nothing.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-# Channels that one program takes, and elements it loads at once; the fastest of those tried on an H100.
-CHANNELS = 64
-ELEMENTS = 16_384
+# Elements of the largest tile, and how many of them a thread should hold: the fastest of those tried on an H200.
+LARGEST, PER_THREAD = 65_536, 64
+# Channels of a tile, by whether a group is a power of two of them: lanes that are masked away are waited for all the
+# same. Below the least, a pixel's part is shorter than what memory gives at once.
+EVEN, ODD, LEAST = 32, 64, 16
 
 
 @triton.jit
@@ -29,48 +31,48 @@ def _group_norm(
     pixels: tl.constexpr,
     used: tl.constexpr,
     lanes: tl.constexpr,
-    chunk: tl.constexpr,
     has_add: tl.constexpr,
     silu: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
     i = tl.arange(0, lanes)
     c = tl.program_id(1) * used + i
     inside = i < used
-    image = tl.program_id(0).to(tl.int64) * pixels * channels
-    rows = tl.arange(0, chunk)[:, None] * channels
+    place = tl.program_id(0).to(tl.int64) * pixels * channels + tl.arange(0, pixels)[:, None] * channels + c[None, :]
+    tile = tl.load(x + place, mask=inside[None, :], other=0.0)
     added = tl.zeros((lanes,), tl.float32)
     if has_add:
         added += tl.load(add + tl.program_id(0) * channels + c, mask=inside, other=0.0).to(tl.float32)
-    # sums of differences to the first pixel: a large mean then costs no digits of the variance
-    pivot = tl.load(x + image + c, mask=inside, other=0.0).to(tl.float32)
-    first = tl.zeros((lanes,), tl.float32)
-    second = tl.zeros((lanes,), tl.float32)
-    for start in range(0, pixels, chunk):
-        here = x + image + start * channels + rows + c[None, :]
-        value = tl.load(here, mask=inside[None, :], other=0.0, eviction_policy="evict_last").to(tl.float32)
-        value -= pivot[None, :]
-        first += tl.sum(value, 0)
-        second += tl.sum(value * value, 0)
-    pivot += added
     same = (i[:, None] // width) == (i[None, :] // width)
-    mean = tl.sum(tl.where(same, (pivot * pixels + first)[None, :], 0.0), 1) / (pixels * width)
-    apart = mean - pivot
-    squares = second - 2 * apart * first + pixels * apart * apart
+    total = tl.sum(tile.to(tl.float32), 0) + pixels * added
+    shift = tl.sum(tl.where(same, total[None, :], 0.0), 1) / (pixels * width) - added
+    # from the differences: a large mean then costs the variance no digits
+    apart = tile.to(tl.float32) - shift[None, :]
+    squares = tl.sum(apart * apart, 0)
     variance = tl.sum(tl.where(same, squares[None, :], 0.0), 1) / (pixels * width)
     scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)
-    shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) + (added - mean) * scale
-    for start in range(0, pixels, chunk):
-        place = image + start * channels + rows + c[None, :]
-        value = tl.load(x + place, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
-        value = value * scale[None, :] + shift[None, :]
-        if silu:
-            value = value * tl.sigmoid(value)
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside[None, :])
+    offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    value = (tile.to(tl.float32) - shift[None, :]) * scale[None, :] + offset[None, :]
+    if silu:
+        value = value * tl.sigmoid(value)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside[None, :])
 
 
-def norm_fits(x: Tensor, groups: int) -> bool:
-    """Whether :func:`group_norm` has a tile for ``x`` (N, C, H, W): whole groups, and pixels in equal chunks."""
-    return x.shape[1] // groups <= CHANNELS and (x.shape[2] * x.shape[3]) % 8 == 0
+def tile(pixels: int, channels: int, groups: int) -> tuple[int, int] | None:
+    """Channels that one program takes, whole groups of them, and the power of two that holds them; None for no tile."""
+    width = channels // groups
+    most = EVEN if width & (width - 1) == 0 else ODD
+    fits = [k * width for k in range(1, groups + 1) if groups % k == 0]
+    used = max((n for n in fits if triton.next_power_of_2(n) <= most), default=width)
+    lanes = triton.next_power_of_2(used)
+    if pixels & (pixels - 1) or pixels * lanes > LARGEST or lanes < min(LEAST, channels):
+        return None
+    return used, lanes
+
+
+def norm_fits(x: Tensor, *norms: nn.GroupNorm) -> bool:
+    """Whether :func:`group_norm` has a tile for each of ``norms`` over as many pixels as ``x`` (N, C, H, W) has."""
+    pixels = x.shape[2] * x.shape[3]
+    return all(tile(pixels, norm.num_channels, norm.num_groups) is not None for norm in norms)
 
 
 def launch(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
@@ -78,13 +80,10 @@ def launch(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, groups: 
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     n, channels, height, across = x.shape
-    pixels, width = height * across, channels // groups
-    whole = width & (width - 1) == 0
-    most = CHANNELS if whole else 2 * CHANNELS
-    used = max(k * width for k in range(1, most // width + 1) if groups % k == 0)
-    lanes = triton.next_power_of_2(used)
-    # the largest power of two that divides the pixels and keeps the tile in registers
-    chunk = min(pixels & -pixels, ELEMENTS // lanes)
+    pixels = height * across
+    found = tile(pixels, channels, groups)
+    assert found is not None, "asked for where norm_fits says no"
+    used, lanes = found
     torch.library.wrap_triton(_group_norm)[(n, channels // used)](
         x,
         x if add is None else add,
@@ -93,14 +92,13 @@ def launch(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, groups: 
         out,
         eps,
         channels=channels,
-        width=width,
+        width=channels // groups,
         pixels=pixels,
         used=used,
         lanes=lanes,
-        chunk=chunk,
         has_add=add is not None,
         silu=silu,
-        num_warps=8 if whole and pixels >= 1024 else 4,
+        num_warps=min(16, max(1, pixels * lanes // (32 * PER_THREAD))),
     )
     return out
 
