@@ -10,12 +10,13 @@ network on this device, which is how the one it takes was chosen.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,9 +33,18 @@ from o2mkd_bench.core.fingerprint import file_sha256
 from o2mkd_bench.engine.scoring import FeatureNetwork, extract, extract_ahead
 from o2mkd_plugins.metrics.extractors import load_inception
 from o2mkd_plugins.metrics.fidelity import FrechetDistance
-from o2mkd_plugins.metrics.inception import FoldedInception
+from o2mkd_plugins.metrics.inception import FoldedInception, Form
 from o2mkd_plugins.metrics.options import MetricOptions
 
+# what else the tiles of the split form could be; see its kernels.py
+TILES = (
+    ((128, 128, 8, None), (128, 64, 4, None)),
+    ((128, 128, 8, None), (128, 64, 8, None)),
+    ((128, 64, 8, 128),),
+    ((64, 128, 4, None), (64, 64, 4, None)),
+    ((128, 128, 8, None), (128, 64, 8, 128), (128, 32, 4, None)),
+    ((256, 64, 8, None),),
+)
 # the 5.7 G multiply-adds of Inception at 299x299
 OPERATIONS = 2 * 5.7e9
 
@@ -151,33 +161,60 @@ def ours(samples: Tensor, reference: Tensor, weights: Path, batch: int, device: 
     return {"seconds": clock.parts, "fd_random": number}
 
 
-def explore(samples: Tensor, weights: Path, batch: int, device: str) -> list[dict[str, Any]]:
-    """Images a second of the same network in several forms; the first pass holds cuDNN's search."""
+def explore(samples: Tensor, weights: Path, batch: int, device: str, asked: list[str]) -> list[dict[str, Any]]:
+    """Images a second of the same network in several forms, those asked for or all; the first pass holds searches.
+
+    ``off`` and ``scale`` compare features with torch-fidelity's: the largest difference over the largest of them, and
+    by how much they are longer in all.
+    """
     network = load_inception(weights, ["2048"], file_sha256(weights))
-    forms: list[tuple[str, Callable[[], Any]]] = [
-        ("torch-fidelity's", lambda: network.extractor),
-        ("folded", lambda: FoldedInception(network.extractor, fused=False)),
-        ("folded, fused", lambda: FoldedInception(network.extractor)),
-    ]
+    place, few = torch.device(device), samples[:512]
+    expected = extract_ahead(network.extractor.to(place), few, 3, batch, place)["2048"]
     found = []
-    for name, make in forms:
-        for last in (False, True):
-            module, clock = make().to(device), Clock()
+    for name, last, make in forms(network.extractor):
+        if asked and not name.startswith(tuple(asked)):
+            continue
+        with make() as module:
+            clock = Clock()
             for part in ("first", "second"):
-                clock.time(part, lambda: extract_ahead(module, samples, 3, batch, torch.device(device), last))  # noqa: B023
-            fused = [m.fused for m in module.modules() if hasattr(m, "fused")]
-            found.append(
-                {
-                    "network": name,
-                    "layout": "channels_last" if last else "contiguous",
-                    "first_seconds": clock.parts["first"],
-                    "seconds": clock.parts["second"],
-                    "images_per_second": len(samples) / clock.parts["second"],
-                    "fused_convolutions": sum(fused),
-                }
-            )
-            print(json.dumps(found[-1]), flush=True)
+                features = clock.time(part, lambda: extract_ahead(module, samples, 3, batch, place, last)["2048"])  # noqa: B023
+        features, rate = features[: len(few)], len(samples) / clock.parts["second"]
+        found.append(
+            {
+                "network": name,
+                "layout": "channels_last" if last else "contiguous",
+                "first_seconds": clock.parts["first"],
+                "seconds": clock.parts["second"],
+                "images_per_second": rate,
+                "tflops": rate * OPERATIONS / 1e12,
+                "off": float((features - expected).abs().max() / expected.max()),
+                "scale": float((features * expected).sum(dtype=torch.float64) / expected.double().square().sum() - 1),
+                "fused_convolutions": sum(m.fused for m in module.modules() if hasattr(m, "fused")),
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def forms(extractor: Any) -> Iterator[tuple[str, bool, Callable[[], AbstractContextManager[Any]]]]:
+    """Name, whether channels lie last, and a context in which the network has that form."""
+
+    @contextmanager
+    def made(form: Form, tiles: Any = None) -> Iterator[Any]:
+        with mock.patch.object(kernels, "TILES", tiles) if tiles else nullcontext():
+            yield FoldedInception(extractor, form).to(next(extractor.parameters()).device)
+
+    for last in (False, True):
+        yield "torch-fidelity's", last, lambda: nullcontext(extractor)
+        yield "folded", last, lambda: made("plain")
+        yield "folded, fused", last, lambda: made("fused")
+    if importlib.util.find_spec("triton"):
+        from o2mkd_plugins.metrics import kernels
+
+        for last in (False, True):
+            yield "split", last, lambda: made("split")
+        for tiles in TILES:
+            yield f"split, tiles {tiles}", False, lambda tiles=tiles: made("split", tiles)
 
 
 def warm(samples: Tensor, weights: Path, batch: int, device: str) -> None:
@@ -205,7 +242,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--explore", action="store_true", help="time forms of the network instead")
+    parser.add_argument("--explore", nargs="*", metavar="FORM", help="time forms of the network instead; all, or these")
     asked = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cuda = torch.device(asked.device).type == "cuda"
@@ -218,8 +255,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(asked.device) if cuda else nullcontext():
         weights = random_weights(Path(folder) / "inception.pth")
-        if asked.explore:
-            about["forms"] = explore(samples, weights, asked.batch, asked.device)
+        if asked.explore is not None:
+            about["forms"] = explore(samples, weights, asked.batch, asked.device, asked.explore)
         else:
             warm(samples, weights, asked.batch, asked.device)
             us = ours(samples, reference, weights, asked.batch, asked.device)

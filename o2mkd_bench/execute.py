@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,15 +56,22 @@ class Walk:
     # why nothing is trained from a teacher, or nothing; once known
     _verdicts: dict[Expectation, str] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Make every missing stage of the plan's cells.
+    def run(self, wanted: Collection[str] | None = None) -> None:
+        """Make every missing stage of the plan's cells, or of ``wanted`` and what they are made from alone.
+
+        What has failed on this walk is not tried again.
 
         Raises:
             StoreError: when the store cannot be written; nothing more can be done then.
         """
-        missing = Survey(self.plan, self.bench.store).missing()
-        self._say("plan", data={"stages": len(missing), "reused": len(self.plan.stages) - len(missing)})
-        queue = list(missing.values())
+        if wanted is not None:
+            # nothing is made from a teacher before it is known what it scores
+            wanted = [*(one.score for one in self.plan.expectations), *wanted]
+        missing = Survey(self.plan, self.bench.store).missing(wanted)
+        needed = self.plan.stages if wanted is None else self.plan.closure(wanted)
+        queue = [stage for name, stage in missing.items() if name not in self.failed]
+        reused = len(needed.keys() - missing.keys() - set(self.made))
+        self._say("plan", data={"stages": len(queue), "reused": reused})
         while queue and not self._stopped:
             held = self._pass(queue)
             if len(held) == len(queue) and not self._stopped and self._attend(held[0], held, wait=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .core.errors import CorruptArtifact
 from .core.events import Event, Observer, silent
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .execute import Walk
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,37 @@ def run_session(
     from .execute import Walk
     from .stages.bench import Bench
 
-    if rebuild_changed:
-        discard_changed(session)
     bench = Bench(session.store, session.machine.device, observer, session.registry, session.machine.mode)
     walk = Walk(session.plan, bench, fail_fast)
+    if rebuild_changed:
+        discard_changed(session)
+        session = _again(session, walk)
+    session = settled(session, walk)
     walk.run()
     results = mended(walk, lambda: report(session, out))
     observer(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
     return results
+
+
+def settled(session: Session, walk: Walk) -> Session:
+    """``session``, and with it ``walk``, planned with all edges that can be measured.
+
+    They come before everything else, so that those who need them train together with the rest of the grid.
+    """
+    while waiting := [name for name in session.plan.awaited() if name not in walk.failed]:
+        number = sum(bool(cell.unresolved and cell.measured) for cell in session.plan.cells)
+        walk.bench.tell(f"edges that {number} cells wait for are measured first")
+        walk.run(waiting)
+        if not any(session.store.has(name) for name in waiting):
+            break
+        session = _again(session, walk)
+    return session
+
+
+def _again(session: Session, walk: Walk) -> Session:
+    found = mended(walk, session.again)
+    walk.plan = found.plan
+    return found
 
 
 def discard_changed(session: Session) -> None:
@@ -102,7 +127,7 @@ def discard_changed(session: Session) -> None:
                 session.store.discard(name, "made by, or from what was made by, another source of a plugin")
 
 
-def mended(walk: Walk, read: Callable[[], Results]) -> Results:
+def mended(walk: Walk, read: Callable[[], T]) -> T:
     """``read``, again after every damaged artifact it meets has been made anew."""
     while True:
         try:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from o2mkd_bench.core import checkpoints
@@ -20,7 +20,7 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.plugins import BUILTIN, Registry
 from o2mkd_bench.core.schedule import NoiseSchedule
-from o2mkd_bench.engine.weights import export_pipeline, load_checkpoint, load_weights, read_weights, save_weights
+from o2mkd_bench.engine.weights import load_checkpoint, load_weights, narrow, read_weights, save_weights
 from o2mkd_plugins.models.options import UNet2DOptions
 from o2mkd_plugins.models.unet2d import UNet2D
 
@@ -380,6 +380,15 @@ def test_the_old_names_of_attention_are_read(network, tmp_path):
     assert same(network, other)
 
 
+def test_a_network_is_cast_as_a_whole_or_not_at_all(network):
+    assert narrow(network, torch.bfloat16, "n") is network
+    assert {value.dtype for value in network.state_dict().values()} == {torch.bfloat16}
+    network.float().conv_out.bias.data[0] = 7e4
+    with pytest.raises(UserError, match=r"^n: values of conv_out\.bias do not fit into torch\.float16"):
+        narrow(network, torch.float16, "n")
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"gone\.safetensors are missing"):
         read_weights(tmp_path / "gone.safetensors")
@@ -390,20 +399,3 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         save_weights({"w": torch.zeros(1), name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match=r"b\.safetensors holds w, which another shard holds too"):
         read_weights([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
-
-
-def test_an_exported_teacher_is_a_pipeline_for_diffusers_and_for_us(network, tmp_path):
-    schedule = NoiseSchedule(kind="squaredcos_cap_v2", timesteps=100)
-    export_pipeline(network, CONFIG, schedule, "v_prediction", tmp_path / "out")
-    theirs = DDPMPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
-    assert isinstance(theirs.unet, UNet2DModel)
-    assert same(theirs.unet, network)
-    assert {key: theirs.unet.config[key] for key in CONFIG if key[0] != "_"} == {
-        key: value for key, value in CONFIG.items() if key[0] != "_"
-    }
-    assert theirs.scheduler.config.prediction_type == "v_prediction"
-    expected = torch.from_numpy(schedule.alphas_cumprod).float()
-    torch.testing.assert_close(theirs.scheduler.alphas_cumprod, expected, atol=1e-6, rtol=0)
-    ours = read_checkpoint(tmp_path / "out", "t")
-    assert (ours.schedule, ours.prediction, dict(ours.model)) == (schedule, "v_prediction", CONFIG)
-    assert same(load_checkpoint(ours, FAMILY), network)

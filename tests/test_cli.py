@@ -541,7 +541,7 @@ def test_new_plugin_writes_a_package(call: Call, tmp_path: Path) -> None:
 
 # ---- the door ------------------------------------------------------------------------------------------------------
 
-VERBS = ["run", "plan", "status", "report", "compare", "sample", "plugins", "schema", "doctor"]
+VERBS = ["run", "plan", "status", "report", "compare", "sample", "export", "plugins", "schema", "doctor"]
 VERBS += ["store ls", "store gc", "store verify", "store export", "store import", "new plugin"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from o2mkd_bench import KDMethod, Line, NoiseSchedule, Program, Sampler, Wrapper, hookimpl
+from o2mkd_bench import KDMethod, Line, ModelFamily, NoiseSchedule, Program, Sampler, Wrapper, hookimpl
 from o2mkd_bench.core.intervals import cover
 from o2mkd_bench.core.plugins import BUILTIN, Registry, registry
 from o2mkd_bench.testing import (
@@ -23,7 +23,11 @@ from o2mkd_bench.testing import (
 )
 
 # What needs files that are not in the repository has tests of its own.
-ELSEWHERE = {("datasets", "cifar10"), ("datasets", "image_folder"), ("models", "unet2d"), ("trackers", "jsonl")}
+ELSEWHERE = {
+    *(("datasets", name) for name in ("cifar10", "image_folder", "lsun", "celebahq")),
+    ("models", "unet2d"),
+    ("trackers", "jsonl"),
+}
 
 
 class TestNone(KDMethodContract):
@@ -135,10 +139,77 @@ class TestDpmSolverInEpsilon(SamplerContract):
     options = {"algorithm": "dpmsolver", "final": "sigma_min"}
 
 
+class TestEuler(SamplerContract):
+    name = "euler"
+
+
+class TestEulerFromSigma(SamplerContract):
+    name = "euler"
+    options = {"start": "sigma"}
+
+
+class TestHeun(SamplerContract):
+    name = "heun"
+
+
+class TestPndm(SamplerContract):
+    name = "pndm"
+
+
+class TestPndmByRungeKutta(SamplerContract):
+    name = "pndm"
+    options = {"warmup": "prk", "final": "zero", "history": "reset"}
+    steps = (4, 5, 10, 20)
+
+
+class TestDeis(SamplerContract):
+    name = "deis"
+
+
+class TestDeisOfOrderThree(SamplerContract):
+    name = "deis"
+    options = {"order": 3, "final": "zero", "history": "reset"}
+
+
+class TestUniPc(SamplerContract):
+    name = "unipc"
+    accuracy = 0.002
+
+
+class TestUniPcInEpsilon(SamplerContract):
+    name = "unipc"
+    options = {"order": 3, "solver_type": "bh1", "predict_x0": False, "history": "reset"}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+class TestDiffusers(SamplerContract):
+    name = "diffusers"
+    options = {"scheduler": "LMSDiscreteScheduler", "config": {"timestep_spacing": "trailing"}}
+
+    def planned(self):
+        """Who names a scheduler of diffusers has it imported by the plan, and nobody else has."""
+        return ""
+
+
 class TestProgressive(SamplerContract):
     name = "progressive"
     options = {"start": 32}
     steps = (1, 2, 4, 8, 16)
+
+
+class TestDiT(Contract):
+    kind = "models"
+    name = "dit"
+    base = ModelFamily
+    loaded_by_plan = True
+    options = {"num_layers": 3, "num_attention_heads": 2}
+
+    def planned(self):
+        return (
+            "config = target().teacher_config(parsed, channels=3, size=8)\n"
+            "assert target().student_config(config, {}, 's') == config\n"
+            "assert target().student_config(config, {'width': 0.5, 'blocks': 1}, 's') != config"
+        )
 
 
 class TestDigits(DatasetContract):

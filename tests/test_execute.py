@@ -116,6 +116,18 @@ def test_a_failure_stops_only_what_needs_it(made, error, reason, category):
     assert not any((made.store.root / "tmp").iterdir()), "no draft stays"
 
 
+def test_a_walk_can_make_a_part_first_and_goes_on_from_there(made):
+    made.errors["d"] = ValueError("once")
+    walk = Walk(made.plan, Bench(made.store, "cpu", made.events, SimpleNamespace()))
+    walk.run([made.b.identity, made.d.identity])
+    walk.run()
+    # what has failed on a walk is not tried again on it
+    assert made.tries == ["a", "b", "d", "c"]
+    counts = [event.data for event in made.events if event.kind == "plan"]
+    assert counts == [{"stages": 3, "reused": 0}, {"stages": 1, "reused": 0}]
+    assert [status for status, _ in made.standings()] == ["done", "failed"]
+
+
 def test_what_failed_is_tried_again_and_forgiven(made):
     made.errors["b"] = ValueError("once")
     made.walk()
@@ -345,4 +357,4 @@ def test_data_of_another_shape_than_declared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Digits, "load", lambda self: images)
     walk = walk_of(found, Events(), fail_fast=True)
     walk.run()
-    assert "train is uint8 (5, 1, 9, 9)" in next(iter(walk.failed.values()))
+    assert "image 0 of train is uint8 (1, 9, 9), declared" in next(iter(walk.failed.values()))

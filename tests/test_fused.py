@@ -19,7 +19,6 @@ from o2mkd_plugins.models import fused
 # Every tile there is: whole and odd group widths, one and several programs an image, masked lanes.
 KERNEL = """
 import torch
-torch.library.wrap_triton = lambda kernel: kernel
 from o2mkd_plugins.models import kernels
 
 torch.manual_seed(0)

@@ -68,6 +68,7 @@ UPWARD = {
     "execute.py": ("report", "cli", "runner", "testing"),
     "results.py": ("engine", "stages", "report", "cli", "execute", "runner", "testing"),
     "runner.py": ("cli", "testing"),
+    "export.py": ("cli", "executors", "runner", "execute", "testing"),
     "cli": ("testing",),
 }
 

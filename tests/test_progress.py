@@ -69,6 +69,24 @@ def test_plain_lines_say_start_end_failure_and_now_and_then_how_far(clock: Clock
     assert show.summary() == "made 1 stage in 24 s, 3 were in the store, 1 failed"
 
 
+def test_a_run_that_plans_again_goes_on_counting(clock: Clock) -> None:
+    stream = io.StringIO()
+    show = PlainProgress(stream, clock)
+    for stages, reused, label in ((1, 0, "edges"), (2, 3, "student")):
+        show(Event("plan", data={"stages": stages, "reused": reused}))
+        show(Event("start", label, label))
+        show(Event("done", label, label))
+    assert stream.getvalue().splitlines() == [
+        "1 stage to make, 0 in the store",
+        "[1/1] edges",
+        "[1/1] edges: done in 0.0 s",
+        "2 stages to make, 3 in the store",
+        "[2/3] student",
+        "[2/3] student: done in 0.0 s",
+    ]
+    assert show.summary() == "made 2 stages in 0.0 s, 3 were in the store"
+
+
 def test_images_count_as_progress_where_nothing_is_trained(clock: Clock) -> None:
     show = PlainProgress(io.StringIO(), clock)
     show(Event("start", "a", "samples"))

@@ -145,6 +145,17 @@ class TestProgram:
         with pytest.raises(PluginError, match=message):
             Program((line,))
 
+    def test_a_start_that_is_no_number_is_refused(self):
+        with pytest.raises(PluginError, match="multiplies the initial noise by inf"):
+            Program((Line(1),), start=float("inf"))
+
+    def test_start_scales_the_first_state(self):
+        noise = noise_for([0], 0)
+        line = Line(400, states={0: 1.0})
+        found = [run_program(Program((line,), start=start), SCHEDULE, half, noise, no_noise) for start in (1.0, 0.5)]
+        assert torch.equal(found[0], noise)
+        assert torch.equal(found[1], 0.5 * noise)
+
 
 class TestSampleImages:
     @pytest.mark.parametrize("batch", [1, 2, 3, 7, 50])

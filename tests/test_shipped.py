@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.core.schema import SHIPPED, render, suite_schema
+from o2mkd_bench.core.session import prepare, selection
 from o2mkd_bench.core.suite import load
 from o2mkd_bench.report.tables import terminal
 from o2mkd_bench.report.write import read
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = sorted(ROOT.glob("suites/*.yaml"))
+TUNING = ROOT / "results" / "cifar" / "tuning.yaml"
 
 
 def test_the_shipped_schema_is_that_of_the_built_in_plugins() -> None:
@@ -23,12 +29,48 @@ def test_the_shipped_schema_is_that_of_the_built_in_plugins() -> None:
     )
 
 
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def names_of(path: Path) -> set[str]:
+    """What a suite may be called: as its file, or as the suite that it extends and is a variant of."""
+    if path == TUNING:
+        return {"cifar-tuning"}
+    extended = yaml.safe_load(path.read_text(encoding="utf-8")).get("extends")
+    return {path.stem} if extended is None else {path.stem, Path(extended).stem}
+
+
+@pytest.mark.parametrize("path", [*SUITES, TUNING], ids=lambda path: path.stem)
 def test_every_suite_loads_and_names_the_schema(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert (path.parent / first.partition("=")[2]).resolve() == SHIPPED.resolve()
-    assert load(path).name == path.stem
+    assert load(path).name in names_of(path)
+
+
+def test_the_tuning_of_cifar_stays_away_from_the_headline() -> None:
+    headline, tuning = load(ROOT / "suites" / "cifar.yaml"), load(TUNING)
+    assert set(tuning.seeds).isdisjoint(headline.seeds)
+    lifts = [entry.use.plugin.load().lifts for entry in tuning.wrappers]
+    assert lifts.count(True) == lifts.count(False)
+
+
+def test_every_slice_of_cifar_is_a_part_of_its_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # from the Hub, as this plan needs neither the data nor the teacher
+    for name in ("CIFAR10_ROOT", "WORK", "OUT", "STUDENTS", "REHEARSE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("SUITE", "suites/cifar.yaml")
+    monkeypatch.setenv("SEEDS", "2")
+    script = ROOT / "results" / "cifar" / "run.sh"
+    listed = subprocess.run(["bash", script, "list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = [shlex.split(line) for line in listed if line.startswith("o2mkd-bench run suites/cifar.yaml ")]
+    labels = [cell.labels for cell in prepare(load(ROOT / "suites" / "cifar.yaml", seed=2), tmp_path).plan.cells]
+    reached: set[int] = set()
+    for command in commands:
+        filters = [selection(value) for flag, value in itertools.pairwise(command) if flag == "--only"]
+        meant = {i for i, cell in enumerate(labels) if cell["student"] and all(accept(cell) for accept in filters)}
+        # the teacher's own slices, and those of another seed, have no student of this one
+        assert meant or "seed=0" in command, command
+        reached |= meant
+    assert reached == {i for i, cell in enumerate(labels) if cell["student"]}
 
 
 def test_the_table_in_the_readme_is_the_committed_result() -> None:

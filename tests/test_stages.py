@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 from toy import Events, run, session, suite, walk_of
 
@@ -21,7 +22,6 @@ from o2mkd_bench.core.store import Store
 from o2mkd_bench.engine.kd import KDMethod
 from o2mkd_bench.engine.philox import Philox
 from o2mkd_bench.engine.stream import Stream
-from o2mkd_bench.engine.weights import export_pipeline
 from o2mkd_bench.runner import discard_changed, results_folder, run_session
 from o2mkd_bench.stages.samples import draw
 from o2mkd_bench.stages.speed import quantile, readings
@@ -255,10 +255,11 @@ def test_what_another_source_made_goes_with_all_that_follows_from_it(toy_run, tm
 
 def test_a_checkpoint_is_a_teacher_like_any_other(toy_run, tmp_path):
     (trained,) = find(toy_run.session, "teacher")
-    workbench, about = bench(toy_run.session), trained.spec["network"]
+    workbench = bench(toy_run.session)
     network = workbench.denoiser(trained.identity, "ema")
+    scheduler = DDPMScheduler(**workbench.schedule(trained.identity).scheduler_config())
     folder = tmp_path / "checkpoint"
-    export_pipeline(network, about["config"], workbench.schedule(trained.identity), "epsilon", folder)
+    DDPMPipeline(network, scheduler).save_pretrained(folder)
     mapping = suite(teachers=[{"name": "given", "path": str(folder)}])
     results = run(mapping, toy_run.store, tmp_path, Events())
     assert [row["status"] for row in results.document["rows"]] == ["done", "done"]

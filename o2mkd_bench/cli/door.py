@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import CorruptArtifact, StageFailed, UserError
+from .export import export
 from .plan import plan, status
 from .plugins import doctor, new, plugins, schema
 from .report import compare, report
@@ -61,6 +62,7 @@ app.command(rich_help_panel=_SUITES)(schema)
 app.command(rich_help_panel=_RESULTS)(report)
 app.command(rich_help_panel=_RESULTS)(compare)
 app.command(rich_help_panel=_RESULTS)(sample)
+app.command(rich_help_panel=_RESULTS)(export)
 app.add_typer(store, rich_help_panel=_RESULTS)
 app.command(rich_help_panel=_HERE)(plugins)
 app.add_typer(new, rich_help_panel=_HERE)

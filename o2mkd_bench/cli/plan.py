@@ -61,11 +61,11 @@ def plan(
         print_json({"suite": session.suite.name, "stages": listed, "cells": cells})
         return
     out = console()
+    standings = survey.standings()
     _print_headline(session, f"{counted(len(session.plan.stages), 'stage')}, {len(missing) or 'none'} to make")
     out.print(_stage_list(session.plan, survey, missing) if stages else _kinds(session.plan, survey, missing))
-    _print_cells(
-        session.plan, [(standing, _outlook(session.plan, standing, missing)) for standing in survey.standings()]
-    )
+    _print_cells(session.plan, [(standing, _outlook(session.plan, standing, missing)) for standing in standings])
+    _print_reasons([standing for standing in standings if standing.cell.unresolved or standing.cell.refused])
 
 
 def status(
@@ -139,7 +139,7 @@ def _state(name: str, survey: Survey, missing: Mapping[str, Stage]) -> str:
 
 
 def _outlook(plan: Plan, standing: Standing, missing: Mapping[str, Stage]) -> str:
-    if standing.status == "unresolved":
+    if standing.cell.unresolved or standing.cell.refused:
         return standing.status
     left = sum(name in missing for name in plan.closure(standing.cell.stages()))
     return f"{left} to make" if left else "done"

@@ -77,7 +77,8 @@ class Progress(AbstractContextManager["Progress"]):
         """Nothing to clear away where lines are never rewritten."""
 
     def on_plan(self, event: Event) -> None:
-        self.total, self.reused = event.data["stages"], event.data["reused"]
+        # a run plans again where its first stages decide what the others are
+        self.total, self.reused = self.number + event.data["stages"], event.data["reused"]
 
     def on_start(self, event: Event) -> None:
         self._next()
@@ -142,7 +143,7 @@ class PlainProgress(Progress):
 
     def on_plan(self, event: Event) -> None:
         super().on_plan(event)
-        self.say(f"{counted(self.total, 'stage')} to make, {self.reused} in the store")
+        self.say(f"{counted(event.data['stages'], 'stage')} to make, {self.reused} in the store")
 
     def on_start(self, event: Event) -> None:
         super().on_start(event)

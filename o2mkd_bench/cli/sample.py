@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cells import CellName, CellSuite, choose, find_suite
 from .common import Device, Seed, Sets, StoreDir, counted, open_session
-from .report import RESULTS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from ..core.plan import Cell, Plan
 
 # Fewer images are drawn before a compiler is done.
 WORTH_COMPILING = 2048
 
 
 def sample(
-    cell: Annotated[
-        str, typer.Argument(metavar="CELL", help="A cell as `plan` names it; its first digits do.", show_default=False)
-    ],
+    cell: CellName,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many images.")] = 64,
     out: Annotated[
         Path | None,
@@ -32,10 +28,7 @@ def sample(
             metavar="FILE.png|DIR", help="A grid; or a folder for it and each image.", show_default="CELL.png"
         ),
     ] = None,
-    suite: Annotated[
-        Path | None,
-        typer.Option(metavar="SUITE", help="The cell's suite.", show_default="as results/*/results.json say"),
-    ] = None,
+    suite: CellSuite = None,
     set_: Sets = None,
     seed: Seed = None,
     device: Device = None,
@@ -70,40 +63,6 @@ def sample(
         images = draw(bench, stage.spec, stage.needs["students"], range(n), stage).numpy()
         progress(Event("done", stage.identity, chosen.describe()))
     print(f"{counted(n, 'image')} in {save(images, out or Path(f'{chosen.identity[:8]}.png'))}")
-
-
-def find_suite(cell: str) -> Path:
-    """The suite that the results below the working directory name for ``cell``.
-
-    Raises:
-        UserError: when none of them has the cell, or its suite was no file.
-    """
-    from ..core.errors import UserError
-    from .report import read_results
-
-    for path in sorted(Path("results").glob(f"*/{RESULTS}")):
-        document = read_results(path)
-        if any(row["cell"].startswith(cell) for row in document["rows"] if row["cell"]) and document.get("suite_path"):
-            return Path(document["suite_path"])
-    raise UserError(f"no results/*/{RESULTS} here has a cell {cell}; name its suite with --suite")
-
-
-def choose(plan: Plan, cell: str) -> Cell:
-    """The one cell whose identity begins with ``cell``.
-
-    Raises:
-        UserError: when there is none, or more than one.
-    """
-    from ..core.errors import UserError
-
-    found = {each.identity: each for each in plan.cells if each.identity and each.identity.startswith(cell)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if len(found) > 1:
-        raise UserError(f"{cell} begins {len(found)} cells ({', '.join(sorted(found))}); write more of it")
-    raise UserError(
-        f"the suite has no cell {cell}; `o2mkd-bench plan SUITE` lists them, with the same --set and --seed"
-    )
 
 
 def save(images: NDArray[np.uint8], out: Path) -> Path:

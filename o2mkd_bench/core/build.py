@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .edges import Undecided
 from .errors import UserError
 from .inputs import Inputs, Locate
 from .measures import Machine, Measures, Subject
@@ -14,11 +15,12 @@ from .plan import AXES, Cell, Plan, Trained
 from .plugins import Registry
 from .plugins import registry as default_registry
 from .suite import Budget, MethodEntry, Rule, StudentEntry, Suite, TeacherEntry, WrapperEntry
-from .training import Draw, Recipe, Source, TeacherSource, Trainer, at, baseline_steps
+from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_steps
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
 
 Labels = Mapping[str, Any]
+Rows = tuple[tuple[Draw, Labels], ...]
 Accept = Callable[[Labels], bool]
 
 
@@ -31,7 +33,7 @@ class Branch:
     wrapper: WrapperEntry
     budget: Budget
     seed: int
-    rows: tuple[tuple[Draw, Labels], ...]
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Limb:
     """A teacher, the rows of its own, the branches of its students, and the row that shows what it is."""
 
     entry: TeacherEntry
-    rows: tuple[tuple[Draw, Labels], ...]
+    rows: Rows
     branches: tuple[Branch, ...]
     expected: tuple[Draw, Labels] | None = None
 
@@ -50,6 +52,7 @@ def build(
     locate: Locate,
     only: Sequence[Accept] = (),
     registry: Registry | None = None,
+    edges: Edges = lambda stage: None,
 ) -> Plan:
     """The plan of ``suite``.
 
@@ -59,11 +62,13 @@ def build(
     Args:
         locate: where a hub teacher (its id and revision) lies, None while it is not on this machine.
         only: further predicates on a cell's labels, beside the suite's own include and exclude.
+        edges: what ``edges`` stages have measured so far; cells whose intervals depend on others are unresolved, and
+            of their stages the plan has those that measure.
 
     Raises:
         UserError: when the suite cannot be planned, or nothing is left of it.
     """
-    plan = Builder(suite, machine, locate, registry or default_registry()).build(only)
+    plan = Builder(suite, machine, locate, registry or default_registry(), edges).build(only)
     if not plan.cells:
         raise UserError(f"{at(suite, 'include')}: no cell is left after include, exclude and --only; relax one of them")
     return plan
@@ -72,11 +77,11 @@ def build(
 class Builder:
     """Walks the axes and adds stages; see ``build``."""
 
-    def __init__(self, suite: Suite, machine: Machine, locate: Locate, registry: Registry) -> None:
+    def __init__(self, suite: Suite, machine: Machine, locate: Locate, registry: Registry, edges: Edges) -> None:
         self.suite = suite
         self.plan = Plan()
         self.inputs = Inputs(suite, registry, self.plan, locate)
-        self.trainer = Trainer(suite, registry, self.plan)
+        self.trainer = Trainer(suite, registry, self.plan, edges)
         self.measures = Measures(suite, self.plan, machine)
 
     def build(self, only: Sequence[Accept]) -> Plan:
@@ -87,7 +92,9 @@ class Builder:
             known = found.get(key, cell)
             kept = cell if known.role == "baseline" else known
             baseline_of = tuple(dict.fromkeys((*known.baseline_of, *cell.baseline_of)))
-            found[key] = replace(kept, baseline_of=baseline_of) if baseline_of != kept.baseline_of else kept
+            measured = tuple(dict.fromkeys((*known.measured, *cell.measured)))
+            merged = (baseline_of, measured) != (kept.baseline_of, kept.measured)
+            found[key] = replace(kept, baseline_of=baseline_of, measured=measured) if merged else kept
         self.plan.cells = list(found.values())
         # a teacher that is not what it should be is known before anything is made from it
         first = self.plan.closure(expectation.score for expectation in self.plan.expectations)
@@ -185,18 +192,36 @@ class Builder:
             images=branch.budget.images,
             tag=f"{tag}/{branch.wrapper.label}",
         )
-        jobs = self.trainer.lifted(recipe)
-        yield from self._rows(recipe, self.trainer.train(recipe, jobs), branch.rows, "student")
-        if not branch.wrapper.use.plugin.load().lifts:
+        try:
+            jobs, measured = self.trainer.lifted(recipe)
+        except Undecided as why:
+            yield from self._undecided(branch, why)
             return
-        for rule in self.suite.baselines:
-            share = "total" if rule == "equal_total" else "per student"
-            name = f"single ({share} of {branch.wrapper.label})"
+        for cell in self._rows(recipe, self.trainer.train(recipe, jobs), branch.rows, "student"):
+            yield replace(cell, measured=measured) if measured else cell
+        for rule, name, rows in self._baselines(branch):
             plain = replace(recipe, tag=f"{tag}/{name}")
             job = self.trainer.plain(plain, baseline_steps(jobs, rule, self.trainer.training(plain).batch))
-            rows = tuple((draw, {**labels, "wrapper": name}) for draw, labels in branch.rows)
             of = (f"{rule} of {branch.wrapper.label}",)
             yield from self._rows(plain, self.trainer.train(plain, (job,)), rows, "baseline", of)
+
+    def _baselines(self, branch: Branch) -> Iterator[tuple[str, str, Rows]]:
+        """The rule, the name and the rows of each single student that stands beside a wrapper's several."""
+        for rule in self.suite.baselines if branch.wrapper.use.plugin.load().lifts else ():
+            share = "total" if rule == "equal_total" else "per student"
+            name = f"single ({share} of {branch.wrapper.label})"
+            yield rule, name, tuple((draw, {**labels, "wrapper": name}) for draw, labels in branch.rows)
+
+    def _undecided(self, branch: Branch, why: Undecided) -> Iterator[Cell]:
+        """The rows of a branch whose intervals are not known, and those of its baselines, whose budgets are not."""
+        unresolved, refused = ("", str(why)) if why.refused else (str(why), "")
+        for _, labels in branch.rows:
+            yield Cell(labels, "student", measured=why.stages, unresolved=unresolved, refused=refused)
+        for rule, _, rows in self._baselines(branch):
+            of = (f"{rule} of {branch.wrapper.label}",)
+            for _, labels in rows:
+                cell = Cell(labels, "baseline", baseline_of=of, measured=why.stages)
+                yield replace(cell, unresolved=unresolved, refused=refused)
 
     def _rows(
         self,

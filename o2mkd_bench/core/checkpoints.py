@@ -19,6 +19,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SCHEDULER = "scheduler_config.json"
 
+# What a pipeline calls its denoiser, and the folder it lies in.
+DENOISERS = ("unet", "transformer")
+
 # Schedulers of diffusers whose networks see integer timesteps and x_t = alpha_t x0 + sigma_t noise. The others scale
 # the input, or count time otherwise, and a network trained with them would be fed the wrong thing in silence.
 SCHEDULERS = (
@@ -77,7 +80,9 @@ class HubRef:
 def read_checkpoint(
     path: Path, where: str, *, schedule: Mapping[str, Any] | None = None, cache: Path | None = None
 ) -> Checkpoint:
-    """Read a diffusers folder: a pipeline (``unet/`` and ``scheduler/`` below it, or both flat), or a bare network.
+    """Read a diffusers folder: a pipeline, or a bare network.
+
+    A pipeline has ``unet/`` or ``transformer/``, and ``scheduler/``, below it, or both flat.
 
     ``where``: the suite's key, for errors. ``schedule``: the keys of a ``scheduler_config.json``, for a bare network
     without one. ``cache``: where content hashes are remembered.
@@ -88,16 +93,14 @@ def read_checkpoint(
     if not path.is_dir():
         raise UserError(f"{where}: there is no folder {path}; give the path of a diffusers pipeline or network")
     _check_pipeline(path, where)
-    folder = path / "unet" if (path / "unet").is_dir() else path
+    folder = next((path / name for name in DENOISERS if (path / name).is_dir()), path)
     model = _config(folder / "config.json", where)
     class_name = model.get("_class_name")
     family = _family(class_name, folder / "config.json", where)
-    if model.get("out_channels", 3) != model.get("in_channels", 3):
-        raise UserError(
-            f"{where}: {folder / 'config.json'} has {model.get('out_channels')} output and {model.get('in_channels')} "
-            "input channels; a learned variance is not supported, use a network that predicts as many as it gets"
-        )
-    scheduler = _scheduler(path, folder, schedule, where)
+    # such a family leaves a network's variance out, where it has learned one
+    learned = bool(family.traits.get("learned_variance", False))
+    _check_channels(model, folder / "config.json", learned, where)
+    scheduler = _scheduler(path, folder, schedule, learned, where)
     noise = NoiseSchedule.from_scheduler_config(scheduler, where)
     prediction = scheduler.get("prediction_type", "epsilon")
     weights = weight_files(folder, where)
@@ -144,7 +147,7 @@ def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    for name in ("unet/config.json", "config.json"):
+    for name in (*(f"{name}/config.json" for name in DENOISERS), "config.json"):
         try:
             found = try_to_load_from_cache(repo, name, cache_dir=constants.HF_HUB_CACHE, revision=revision)
         except ValueError as error:
@@ -168,7 +171,8 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     if folder := resolve_hub(repo, revision).folder:
         return folder
     names = ["config.json", "diffusion_pytorch_model*.safetensors", INDEX]
-    wanted = ["model_index.json", *names, SCHEDULER, *(f"unet/{name}" for name in names), f"scheduler/{SCHEDULER}"]
+    parts = [f"{part}/{name}" for part in DENOISERS for name in names]
+    wanted = ["model_index.json", *names, SCHEDULER, *parts, f"scheduler/{SCHEDULER}"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the client lets through errors of its transport, which changed twice so far
@@ -195,16 +199,17 @@ def _check_pipeline(path: Path, where: str) -> None:
     if not index.is_file():
         return
     parts = {key for key, value in _json(index, where).items() if isinstance(value, list) and any(value)}
-    if more := sorted(parts - {"unet", "scheduler"}):
+    if more := sorted(parts - {*DENOISERS, "scheduler"}):
         raise UserError(
-            f"{where}: the pipeline {index} has a {more[0]}; use a pipeline of nothing but a unet and a scheduler"
+            f"{where}: the pipeline {index} has a {more[0]}; use a pipeline of nothing but a {' or '.join(DENOISERS)} "
+            "and a scheduler"
         )
 
 
 def _family(class_name: Any, file: Path, where: str) -> Plugin:
     """The model plugin that reads networks of ``class_name``; a built-in comes before others."""
     plugins = registry().all("models")
-    claims = [p for p in plugins if class_name and p.traits.get("class_name") == class_name]
+    claims = [p for p in plugins if class_name in _classes(p)]
     if len(claims) == 1 or (claims and claims[0].distribution == BUILTIN):
         return claims[0]
     if claims:
@@ -213,11 +218,28 @@ def _family(class_name: Any, file: Path, where: str) -> Plugin:
             f"{where}: the class {class_name!r} of {file} is read by {names}; "
             "leave one of them out by O2MKD_BENCH_PLUGINS"
         )
-    known = ", ".join(sorted({str(p.traits["class_name"]) for p in plugins if p.traits.get("class_name")}))
+    known = ", ".join(sorted({name for p in plugins for name in _classes(p)}))
     raise UserError(f"{where}: no model plugin reads the class {class_name!r} of {file}; known are {known or 'none'}")
 
 
-def _scheduler(path: Path, folder: Path, given: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+def _classes(plugin: Plugin) -> tuple[str, ...]:
+    """The diffusers classes that a model plugin reads."""
+    named = plugin.traits.get("class_name") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _check_channels(model: Mapping[str, Any], file: Path, learned: bool, where: str) -> None:
+    """Raise UserError unless a network predicts what it sees, and perhaps as much again for a ``learned`` variance."""
+    seen, given = model.get("in_channels", 3), model.get("out_channels", 3)
+    # where there may be more than it sees, null means just that many
+    if given != seen and not (learned and given in (None, 2 * seen)):
+        raise UserError(
+            f"{where}: {file} has {given} output and {seen} input channels; a learned variance is not supported, use a "
+            "network that predicts as many as it gets"
+        )
+
+
+def _scheduler(path: Path, folder: Path, given: Mapping[str, Any] | None, learned: bool, where: str) -> dict[str, Any]:
     """The scheduler's config, from the folder or as given by the suite, checked for what cannot be run."""
     files = [f for f in (path / "scheduler" / SCHEDULER, path / SCHEDULER, folder / SCHEDULER) if f.is_file()]
     if files and given is not None:
@@ -233,7 +255,7 @@ def _scheduler(path: Path, folder: Path, given: Mapping[str, Any] | None, where:
         raise UserError(
             f"{where}: scheduler class {name!r} in {source} is not known; use one of {', '.join(SCHEDULERS)}"
         )
-    if str(config.get("variance_type", "fixed_small")).startswith("learned"):
+    if not learned and str(config.get("variance_type", "fixed_small")).startswith("learned"):
         raise UserError(f"{where}: variance_type in {source} is a learned one, which is not supported; use a fixed one")
     if (kind := config.get("prediction_type", "epsilon")) not in get_args(Prediction):
         raise UserError(f"{where}: prediction_type {kind!r} in {source}; use one of {', '.join(get_args(Prediction))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -79,6 +79,10 @@ class Job:
         return Fraction(1) if self.serves is None else Fraction(self.horizon - self.offset, self.steps)
 
 
+def _unmeasured(students: int, warmup: Job) -> Sequence[int]:
+    raise UserError("there are no measured edges here; give intervals by a rule or as literal edges")
+
+
 @dataclass(frozen=True)
 class Lift:
     """What a wrapper may know at plan time beside the job.
@@ -87,11 +91,15 @@ class Lift:
         schedule: the teacher's.
         interval_rule: the rule of a name, ``(students, schedule) -> inner edges``; PluginError if unknown.
         where: file and key of the wrapper, for the start of its errors.
+        measured: ``(students, warmup) -> inner edges`` by the error over t of the student that the job ``warmup`` makes
+            from scratch. While it is not measured this raises what the wrapper must let pass: its cells are planned
+            again when it is.
     """
 
     schedule: NoiseSchedule
     interval_rule: Callable[[str], Callable[[int, NoiseSchedule], list[int]]]
     where: str = "wrappers"
+    measured: Callable[[int, Job], Sequence[int]] = _unmeasured
 
 
 class Wrapper(ABC):

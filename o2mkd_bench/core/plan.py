@@ -18,6 +18,7 @@ SEMANTICS = {
     "data": 1,
     "teacher": 1,
     "state": 1,
+    "edges": 1,
     "student": 1,
     "round": 1,
     "samples": 1,
@@ -83,7 +84,11 @@ class Trained:
 class Cell:
     """One row of the table.
 
-    ``unresolved`` is not empty when the stages cannot be named yet (a hub teacher that is not downloaded).
+    Attributes:
+        measured: the stages whose edges decide its intervals.
+        unresolved: not empty when the stages cannot be named yet (a hub teacher that is not downloaded, edges that are
+            not measured).
+        refused: not empty when its wrapper refuses the edges that were measured.
     """
 
     labels: Mapping[str, Any]
@@ -98,10 +103,12 @@ class Cell:
     trained: Trained | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     baseline_of: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     unresolved: str = ""
+    refused: str = ""
 
     def stages(self) -> tuple[str, ...]:
-        return tuple(i for i in (self.samples, *self.scores, self.speed, self.probe) if i)
+        return tuple(i for i in (*self.measured, self.samples, *self.scores, self.speed, self.probe) if i)
 
     def describe(self) -> str:
         return " / ".join(str(self.labels[a]) for a in AXES if self.labels.get(a) not in ("", None))
@@ -181,6 +188,10 @@ class Plan:
                 need.add(name)
                 queue.extend(self.stages[name].inputs())
         return {name: stage for name, stage in self.stages.items() if name in need}
+
+    def awaited(self) -> list[str]:
+        """The stages that must be made before all cells can be planned."""
+        return list(dict.fromkeys(name for cell in self.cells if cell.unresolved for name in cell.measured))
 
     def wanted(self) -> list[str]:
         """The stages that cells, references and expectations ask for by name."""

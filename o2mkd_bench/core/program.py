@@ -23,10 +23,11 @@ class Line:
     Line ``i`` evaluates the network on ``states[i]`` at training timestep ``t``, which makes ``epsilon[i]`` and
     ``x0[i]`` (after the program's clip) known, and then computes in float32
     ``states[i + 1] = sum states[j] * a_j + sum epsilon[j] * e_j + sum x0[j] * b_j + noise * fresh``.
-    Keys are line numbers ``<= i``; ``states[0]`` is the initial noise.
+    ``t`` is an int, or in all lines of a program a float, which may lie between two timesteps.
+    Keys are line numbers ``<= i``; ``states[0]`` is the initial noise, times the program's ``start``.
     """
 
-    t: int
+    t: float
     states: Mapping[int, float] = field(default_factory=dict)
     epsilon: Mapping[int, float] = field(default_factory=dict)
     x0: Mapping[int, float] = field(default_factory=dict)
@@ -40,14 +41,19 @@ class Program:
     ``clip``: ``none``; ``x0`` clamps x0 to [-1, 1] and keeps epsilon as predicted; ``x0+epsilon`` also re-derives
     epsilon from the clamped x0 (the two differ by up to 2 in value).
 
+    ``start``: standard deviation of ``states[0]``.
+
     Raises:
         PluginError: when a line refers to what is not known yet, or a coefficient is not finite.
     """
 
     lines: tuple[Line, ...]
     clip: Clip = "x0"
+    start: float = 1.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.start):
+            raise PluginError(f"a sampler's program multiplies the initial noise by {self.start}")
         for i, line in enumerate(self.lines):
             for name, terms in (("states", line.states), ("epsilon", line.epsilon), ("x0", line.x0)):
                 for j, coefficient in terms.items():

@@ -96,6 +96,14 @@ class NoiseSchedule:
         """Noise scale, shape (T,)."""
         return np.sqrt(1 - self.alphas_cumprod)
 
+    def levels(self, t: float) -> tuple[float, float]:
+        """Signal and noise scale at ``t``; between timesteps sigma / alpha is linear, as in diffusers."""
+        if isinstance(t, int):
+            return float(self.alpha[t]), float(self.sigma[t])
+        ratio = float(np.interp(t, np.arange(self.timesteps), self.sigma / self.alpha))
+        alpha = 1 / (1 + ratio**2) ** 0.5
+        return alpha, ratio * alpha
+
     @cached_property
     def log_snr(self) -> NDArray[np.float64]:
         """log(alpha^2 / sigma^2), shape (T,), natural logarithm, strictly decreasing."""

@@ -7,14 +7,16 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .blocks import any_match
 from .build import build
 from .checkpoints import download_hub, resolve_hub
-from .errors import UserError
+from .errors import CorruptArtifact, UserError
 from .machine import device_name, resolve_device
 from .measures import Machine
 from .mode import resolve_mode
@@ -23,6 +25,7 @@ from .plugins import Registry
 from .plugins import registry as default_registry
 from .store import Store
 from .suite import Suite
+from .training import at
 
 STORE_VARIABLE = "O2MKD_STORE"
 
@@ -36,6 +39,34 @@ class Session:
     machine: Machine
     plan: Plan
     registry: Registry
+    only: tuple[str, ...] = ()
+
+    def again(self) -> Session:
+        """Planned anew, with the edges that have been measured since.
+
+        Raises:
+            CorruptArtifact: when measured edges are damaged.
+            UserError: as :func:`prepare` does.
+        """
+        only = [selection(text) for text in self.only]
+        edges = partial(measured_edges, self.store)
+        return replace(self, plan=build(self.suite, self.machine, _cached, only, self.registry, edges))
+
+
+def measured_edges(store: Store, stage: str) -> list[int] | None:
+    """What an ``edges`` stage has found; None while it is not made.
+
+    Raises:
+        CorruptArtifact: when its artifact is damaged.
+    """
+    if not store.has(stage):
+        return None
+    edges: list[int] = store.read_json(stage, "edges.json")["edges"]
+    return edges
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    return resolve_hub(repo, revision).folder
 
 
 def store_at(path: Path | None) -> Store:
@@ -69,22 +100,40 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     """Plan ``suite`` on this machine; ``download`` fetches hub teachers that are not here yet.
 
     Raises:
-        UserError: as ``core.build.build`` and ``selection`` do, and for a filter that leaves nothing but teachers.
+        UserError: as ``core.build.build`` and ``selection`` do, for a filter that leaves nothing but teachers, and,
+            with ``download``, for a dataset that is not here and cannot be had.
     """
 
     def locate(repo: str, revision: str | None) -> Path | None:
-        return resolve_hub(repo, revision).folder or (download_hub(repo, revision) if download else None)
+        return _cached(repo, revision) or (download_hub(repo, revision) if download else None)
 
-    registry = default_registry()
+    def edges(stage: str) -> list[int] | None:
+        # a run makes damaged ones anew; until then they are not known
+        with suppress(CorruptArtifact):
+            return measured_edges(place, stage)
+        return None
+
+    registry, place = default_registry(), store_at(store)
     machine = this_machine(suite)
-    plan = build(suite, machine, locate, [selection(text) for text in only], registry)
+    if download:
+        _check_data(suite)
+    plan = build(suite, machine, locate, [selection(text) for text in only], registry, edges)
     for text in only:
         axis = text.partition("=")[0]
         # a teacher's row has no method, wrapper … and stays whatever is asked of those
         if all(cell.labels[axis] == "" for cell in plan.cells):
             known = ", ".join(suite.labels()[axis])
             raise UserError(f"--only {text} leaves no cell; {axis} is one of {known}")
-    return Session(suite, store_at(store), machine, plan, registry)
+    return Session(suite, place, machine, plan, registry, tuple(only))
+
+
+def _check_data(suite: Suite) -> None:
+    """Before a teacher is downloaded: what its data lack is known at once."""
+    for use in suite.datasets:
+        try:
+            use.plugin.load()(use.options, suite.base).ready()
+        except UserError as error:
+            raise type(error)(at(suite, str(error))) from None
 
 
 def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -42,22 +42,25 @@ class Survey:
             self._present[identity] = self.store.has(identity)
         return self._present[identity]
 
-    def missing(self) -> dict[str, Stage]:
-        """The stages that must still be made for the plan's cells, in the plan's order."""
-        return {name: self.plan.stages[name] for name in self._absent(self.plan.wanted())}
+    def missing(self, wanted: Iterable[str] | None = None) -> dict[str, Stage]:
+        """The stages that must still be made for the plan's cells, or for ``wanted`` alone, in the plan's order."""
+        ends = self.plan.wanted() if wanted is None else wanted
+        return {name: self.plan.stages[name] for name in self._absent(ends)}
 
     def standing(self, cell: Cell) -> Standing:
-        """Done, failed with the reason of the first stage that failed, or missing."""
-        if cell.unresolved:
-            return Standing(cell, "unresolved", cell.unresolved)
+        """Done, failed with the reason of the first stage that failed, missing or unresolved."""
+        if cell.refused:
+            return Standing(cell, "failed", cell.refused)
         absent = [name for name in cell.stages() if not self.present(name)]
-        if not absent:
+        if not absent and not cell.unresolved:
             return Standing(cell, "done")
         found = [self._failure(name) for name in self._absent(absent)]
         failures = [failure for failure in found if failure is not None]
         serious = [f for f in failures if f["category"] != UNAVAILABLE]
         if serious:
             return Standing(cell, "failed", f"{serious[0]['label']}: {serious[0]['reason']}")
+        if cell.unresolved:
+            return Standing(cell, "unresolved", cell.unresolved)
         if failures and set(absent) <= set(cell.scores):
             return Standing(cell, "done", empty=tuple(dict.fromkeys(f["reason"] for f in failures)))
         return Standing(cell, "missing")

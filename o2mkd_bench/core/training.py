@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from .errors import PluginError, UserError
+from .edges import IMAGES, POINTS, WAITING, Undecided
+from .errors import CorruptArtifact, PluginError, UserError
 from .identity import resolved
 from .intervals import Interval, Law
 from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
@@ -92,26 +94,63 @@ class Draw:
     weights: str
 
 
-class Trainer:
-    """Adds training stages to a plan."""
+Edges = Callable[[str], Sequence[int] | None]
+"""The identity of an ``edges`` stage to its edges; None while it is not made."""
 
-    def __init__(self, suite: Suite, registry: Registry, plan: Plan) -> None:
+
+class Trainer:
+    """Adds training stages to a plan; ``edges`` knows what has been measured."""
+
+    def __init__(self, suite: Suite, registry: Registry, plan: Plan, edges: Edges) -> None:
         self.suite = suite
         self.registry = registry
         self.plan = plan
+        self.edges = edges
 
     def training(self, recipe: Recipe, sampler: SamplerEntry | None = None) -> Training:
         """How the jobs of ``recipe`` are trained, or the rounds of ``sampler`` after them."""
         rounds = () if sampler is None else (sampler.training,)
         return self.suite.training.merged(recipe.student.training, recipe.wrapper.training, *rounds)
 
-    def lifted(self, recipe: Recipe) -> tuple[Job, ...]:
-        """The wrapper's jobs for the recipe's budget.
+    def lifted(self, recipe: Recipe) -> tuple[tuple[Job, ...], tuple[str, ...]]:
+        """The wrapper's jobs for the recipe's budget, and the ``edges`` stages that their intervals come from.
 
         Raises:
             UserError: for a budget of less than one batch, or options that the wrapper refuses. PluginError for a
                 wrapper that fails.
+            Undecided: when edges are not measured yet, or the wrapper refuses what was measured, which says nothing
+                against the rest of the suite.
         """
+        asked: list[str] = []
+        try:
+            return self._wrapped(recipe, partial(self._measured, recipe, asked)), tuple(asked)
+        except UserError as error:
+            if not asked:
+                raise
+            raise Undecided(tuple(asked), str(error), refused=True) from None
+
+    def _measured(self, recipe: Recipe, asked: list[str], students: int, warmup: Job) -> Sequence[int]:
+        """Edges by the error over t of the student that ``warmup`` makes; their stage is added to ``asked``."""
+        config = self._config(recipe, warmup, {"teacher": recipe.teacher.config})
+        label = f"{recipe.tag} {warmup.role} seed {recipe.seed}"
+        start = self.plan.add(self._job(recipe, warmup, config, label, None))
+        spec = {
+            "students": students,
+            "points": POINTS,
+            "images": IMAGES,
+            "network": recipe.teacher.network(config, recipe.prediction),
+            "seed": recipe.seed,
+            "precision": self.suite.precision,
+        }
+        needs = {"data": (recipe.source.stage,), "teacher": (recipe.teacher.stage,), "start": (start,)}
+        label = f"{recipe.tag} edges of {students} seed {recipe.seed}"
+        asked.append(self.plan.add(Stage.make("edges", label, spec, needs)))
+        found = self.edges(asked[-1])
+        if found is None:
+            raise Undecided(tuple(asked), WAITING, refused=False)
+        return found
+
+    def _wrapped(self, recipe: Recipe, measured: Callable[[int, Job], Sequence[int]]) -> tuple[Job, ...]:
         batch = self.training(recipe).batch
         steps = recipe.images // batch
         if steps < 1:
@@ -121,11 +160,11 @@ class Trainer:
             )
         where = at(self.suite, f"wrappers.{recipe.wrapper.label}")
         plugin = recipe.wrapper.use.plugin
-        lift = Lift(recipe.teacher.schedule, self._interval_rule, where)
+        lift = Lift(recipe.teacher.schedule, self._interval_rule, where, measured)
         try:
             wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
             jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
-        except UserError:
+        except (UserError, Undecided, CorruptArtifact):
             raise
         except Exception as error:
             raise PluginError(f"{where}: wrapper {plugin.key} failed: {type(error).__name__}: {error}") from error

@@ -78,10 +78,15 @@ def shared(
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says; a compiler's wrapping is taken off."""
+    """An exception's type and the first line of what it says; a compiler's wrapping is taken off.
+
+    What another process raised comes as its whole traceback: then the last line is the one that says why.
+    """
     cause = _cause(error)
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if not lines:
+        return type(cause).__name__
+    return f"{type(cause).__name__}: {lines[-1 if any(line.startswith('Traceback') for line in lines) else 0]}"
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -36,7 +36,7 @@ class Router:
         self.edges = tuple(edges)
         self.graphs = graphs
 
-    def route(self, t: int) -> int:
+    def route(self, t: float) -> int:
         """The number of the network in charge of ``t``; an edge belongs to the noisier interval."""
         return bisect_right(self.edges, t)
 
@@ -52,9 +52,12 @@ class Router:
         for call in self.calls:
             call.eager(x, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        """The raw prediction for ``x`` float32 (B, C, H, W) at timestep ``t``, float32 of the same shape."""
-        times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """The raw prediction for ``x`` float32 (B, C, H, W) at timestep ``t``, float32 of the same shape.
+
+        The network is handed int64 for an int, float32 for a float.
+        """
+        times = torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32, device=x.device)
         k = self.route(t)
         return self.calls[k](x, times) if self.graphs is None else self.graphs.ask(k, x, times)
 
@@ -63,8 +66,8 @@ class Router:
         if prediction == "epsilon":
             return self
 
-        def denoise(x: Tensor, t: int) -> Tensor:
-            alpha, sigma = (x.new_full((len(x),), float(table[t])) for table in (schedule.alpha, schedule.sigma))
+        def denoise(x: Tensor, t: float) -> Tensor:
+            alpha, sigma = (x.new_full((len(x),), level) for level in schedule.levels(t))
             return convert(self(x, t), prediction, "epsilon", x, alpha, sigma)
 
         return denoise

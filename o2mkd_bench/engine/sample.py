@@ -12,7 +12,7 @@ from ..core.errors import PluginError
 from ..core.program import Clip, Program
 from ..core.schedule import NoiseSchedule
 
-Denoise = Callable[[Tensor, int], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
 """x float32 (B, C, H, W) and one timestep for all of them to epsilon, float32 of the same shape."""
 
 NoiseFor = Callable[[Tensor, int], Tensor]
@@ -35,7 +35,7 @@ class CountingDenoiser:
         self._denoise = denoise
         self.calls = 0
 
-    def __call__(self, x: Tensor, t: int) -> Tensor:
+    def __call__(self, x: Tensor, t: float) -> Tensor:
         self.calls += 1
         return self._denoise(x, t)
 
@@ -77,15 +77,17 @@ def run_program(
     All arithmetic is float32, whatever the precision of the network.
 
     Args:
-        noise: ``states[0]``, standard normal (B, C, H, W).
+        noise: standard normal (B, C, H, W), which the program's ``start`` makes ``states[0]``.
         fresh: line number to standard normal float32 (B, C, H, W); called only for lines that add noise.
     """
     states = _Known([line.states for line in program.lines])
     epsilons = _Known([line.epsilon for line in program.lines])
     clean = _Known([line.x0 for line in program.lines])
     x = noise.float()
+    if program.start != 1:
+        x = x * program.start
     for i, line in enumerate(program.lines):
-        alpha, sigma = float(schedule.alpha[line.t]), float(schedule.sigma[line.t])
+        alpha, sigma = schedule.levels(line.t)
         epsilon = denoise(x, line.t).float()
         x0, epsilon = clipped(x, epsilon, alpha, sigma, program.clip)
         states.keep(i, x)

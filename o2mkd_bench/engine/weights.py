@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.checkpoints import SCHEDULER, WEIGHTS, Checkpoint
+from ..core.checkpoints import Checkpoint
 from ..core.errors import UserError
 from ..core.models import ModelFamily
-from ..core.schedule import NoiseSchedule, Prediction
 
 # diffusers renamed the parts of its attention block in 0.15; files from before that, among them those of
 # google/ddpm-cifar10-32, keep the old names.
@@ -31,13 +28,7 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: Path, dtype: t
         UserError: when a finite value does not fit into ``dtype``.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    stored: dict[str, Tensor] = {}
-    for name, tensor in sorted(state.items()):
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        # a copy, because safetensors refuses tensors that share memory
-        stored[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
-        if tensor.is_floating_point() and not torch.equal(stored[name].isfinite(), tensor.detach().isfinite().cpu()):
-            raise UserError(f"{path}: values of {name} do not fit into {dtype}; store the weights as torch.float32")
+    stored = {name: _cast(tensor, dtype, f"{path}: values of {name}") for name, tensor in sorted(state.items())}
     save_file(stored, path, metadata={"format": "pt"})
 
 
@@ -102,22 +93,25 @@ def load_checkpoint(checkpoint: Checkpoint, family: ModelFamily) -> nn.Module:
     return network.eval()
 
 
-def export_pipeline(
-    network: nn.Module, config: Mapping[str, Any], schedule: NoiseSchedule, prediction: Prediction, folder: Path
-) -> None:
-    """Write a trained network as a diffusers pipeline that ``DDPMPipeline.from_pretrained`` opens.
+def narrow(network: nn.Module, dtype: torch.dtype, where: str) -> nn.Module:
+    """``network`` itself, its floating tensors cast to ``dtype``; ``where`` names it in an error.
 
-    ``config``: the network's complete config; weights are stored in float32. An existing ``folder`` is written into.
+    Raises:
+        UserError: when a finite value does not fit; the network is as it was then.
     """
-    unet, scheduler = folder / "unet", folder / "scheduler"
-    for part in (unet, scheduler):
-        part.mkdir(parents=True, exist_ok=True)
-    _write(unet / "config.json", config)
-    save_weights(network, unet / WEIGHTS)
-    settings = {"prediction_type": prediction, "variance_type": "fixed_small", "clip_sample": True}
-    _write(scheduler / SCHEDULER, {"_class_name": "DDPMScheduler", **schedule.scheduler_config(), **settings})
-    parts = {"unet": ["diffusers", config["_class_name"]], "scheduler": ["diffusers", "DDPMScheduler"]}
-    _write(folder / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+    for name, tensor in network.state_dict().items():
+        _cast(tensor, dtype, f"{where}: values of {name}")
+    # diffusers' own `to` warns of modules to be kept in float32, also where there are none
+    return nn.Module.to(network, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A copy on the CPU, in ``dtype`` where it is floating; UserError, beginning with ``what``, when that overflows."""
+    # a copy, because safetensors refuses tensors that share memory
+    found = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    if tensor.is_floating_point() and not torch.equal(found.isfinite(), tensor.detach().isfinite().cpu()):
+        raise UserError(f"{what} do not fit into {dtype}; store the weights as torch.float32")
+    return found.contiguous()
 
 
 def _renamed(key: str) -> str:
@@ -129,7 +123,3 @@ def _renamed(key: str) -> str:
 
 def _some(keys: Sequence[str], shown: int = 3) -> str:
     return ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ MAKERS = {
     "data": "data:make",
     "teacher": "train:make_teacher",
     "state": "train:make_state",
+    "edges": "edges:make",
     "student": "train:make_student",
     "round": "rounds:make",
     "samples": "samples:make",

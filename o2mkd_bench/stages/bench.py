@@ -117,12 +117,13 @@ class Bench:
         return NoiseSchedule.from_scheduler_config(self.network(artifact)["schedule"])
 
     def images(self, data: str, split: str = "train") -> Tensor:
-        """Decoded images of a data artifact, uint8 (N, C, H, W), on the device."""
+        """Decoded images of a data artifact, uint8 (N, C, H, W), in a mapped file, as memory may not hold them."""
         import numpy as np
         import torch
 
-        array = np.load(self.store.read(data, f"{split}.npy"), allow_pickle=False)
-        return torch.from_numpy(array).to(self.device)
+        # copy on write: torch takes no read-only arrays, and nothing writes
+        array = np.load(self.store.read(data, f"{split}.npy"), mmap_mode="c", allow_pickle=False)
+        return torch.from_numpy(array)
 
     def tell(self, text: str) -> None:
         """Tell the observers something, in words, that is about no one stage."""

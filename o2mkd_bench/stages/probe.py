@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.mode import PLAIN
 from ..core.plan import Stage
 from ..core.store import Draft
-from ..engine.denoiser import Experts
+from ..engine.denoiser import Experts, Tables
 from ..engine.philox import Philox
 from .bench import Bench, Stopwatch, write_json
 
@@ -29,14 +29,13 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     spec, clock = stage.spec, Stopwatch()
     # a compilation would take longer than the few calls there are
     students = bench.experts(stage.needs["students"], spec["edges"], spec["weights"], spec["precision"], PLAIN)
-    teacher = _teacher(stage, bench)
+    teacher = teacher_of(stage, bench)
 
     def gap(x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return students.predict(x_t, t, "epsilon") - teacher.predict(x_t, t, "epsilon")
 
-    timesteps = len(teacher.tables.alpha)
-    points = sorted({round(t) for t in np.linspace(0, timesteps - 1, spec["points"]).tolist()})
-    errors = _curve(stage, bench, teacher, points, gap)
+    points = spread(spec["points"], len(teacher.tables.alpha))
+    errors = curve(stage, bench, teacher.tables, points, _images(stage, bench), gap)
     write_json(draft.dir / "probe.json", {"t": points, "error": errors})
     draft.meta["seconds"] = clock.seconds()
 
@@ -46,33 +45,50 @@ def make_loss(stage: Stage, bench: Bench, draft: Draft) -> None:
 
     On the same images and noise as the probe of students: what the teacher was trained to make small.
     """
-    clock, teacher, points = Stopwatch(), _teacher(stage, bench), stage.spec["t"]
-    errors = _curve(stage, bench, teacher, points, lambda x_t, t, noise: teacher.predict(x_t, t, "epsilon") - noise)
+    clock, teacher, points = Stopwatch(), teacher_of(stage, bench), stage.spec["t"]
+
+    def gap(x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return teacher.predict(x_t, t, "epsilon") - noise
+
+    errors = curve(stage, bench, teacher.tables, points, _images(stage, bench), gap)
     write_json(draft.dir / "loss.json", {"t": points, "error": errors})
     draft.meta["seconds"] = clock.seconds()
 
 
-def _teacher(stage: Stage, bench: Bench) -> Experts:
+def teacher_of(stage: Stage, bench: Bench) -> Experts:
+    """The teacher of a stage, uncompiled, as one that answers for all timesteps."""
     return bench.experts(stage.needs["teacher"], [], "ema", stage.spec["precision"], PLAIN)
 
 
-def _curve(stage: Stage, bench: Bench, teacher: Experts, points: Sequence[int], gap: Gap) -> list[float]:
-    """The mean square of ``gap`` at each of ``points``."""
+def spread(points: int, timesteps: int) -> list[int]:
+    """At most ``points`` different timesteps at equal distances, the first and the last among them."""
+    return sorted({round(t) for t in np.linspace(0, timesteps - 1, points).tolist()})
+
+
+def _images(stage: Stage, bench: Bench) -> tuple[Tensor, Tensor]:
+    """The first held-out images, training images where the dataset has none, uint8, and a noise for each."""
     data = bench.images(stage.needs["data"][0], "test")
     if len(data) == 0:
         data = bench.images(stage.needs["data"][0])
     count = min(stage.spec["images"], len(data))
-    images = data[:count].float().div(127.5).sub(1)
-    noise = Philox.for_purpose(0, "probe").normal(torch.arange(count, device=images.device), images.shape[1:])
+    images = data[:count].to(bench.device)
+    return images, Philox.for_purpose(0, "probe").normal(torch.arange(count, device=images.device), images.shape[1:])
+
+
+def curve(
+    stage: Stage, bench: Bench, tables: Tables, points: Sequence[int], pictures: tuple[Tensor, Tensor], gap: Gap
+) -> list[float]:
+    """The mean square of ``gap`` at each of ``points``, on ``pictures``: images, uint8, and a noise for each."""
+    images, noise = pictures[0].float().div(127.5).sub(1), pictures[1]
     errors = []
     for done, t in enumerate(points):
         # added up where it is, so that nothing waits for the device within a point
         total = torch.zeros((), dtype=torch.float64, device=images.device)
         for x0, fresh in zip(torch.split(images, BATCH), torch.split(noise, BATCH), strict=True):
             times = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device)
-            x_t = teacher.tables.alpha[t] * x0 + teacher.tables.sigma[t] * fresh
+            x_t = tables.alpha[t] * x0 + tables.sigma[t] * fresh
             with torch.no_grad():
                 total += gap(x_t, times, fresh).square().flatten(1).mean(1).double().sum()
-        errors.append(float(total) / count)
+        errors.append(float(total) / len(images))
         bench.progress(stage, done + 1, len(points))
     return errors

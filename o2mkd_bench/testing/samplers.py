@@ -76,7 +76,7 @@ class SamplerContract(Contract):
     def test_timesteps_descend_within_the_schedule(self, spacing: Spacing) -> None:
         for steps in self.steps:
             t = [line.t for line in self.program(steps, spacing).lines]
-            assert all(isinstance(entry, int) for entry in t)
+            assert len({type(entry) for entry in t} - {float}) <= 1
             assert SCHEDULES[0].timesteps > t[0]
             assert t[-1] >= 0
             assert all(after <= before for before, after in pairwise(t))
@@ -143,8 +143,8 @@ class SamplerContract(Contract):
 def exact(schedule: NoiseSchedule) -> Denoise:
     """E[noise | x_t] for the Gaussian data."""
 
-    def denoise(x: Tensor, t: int) -> Tensor:
-        alpha, sigma = float(schedule.alpha[t]), float(schedule.sigma[t])
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = schedule.levels(t)
         return sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
 
     return denoise
@@ -157,11 +157,11 @@ def propagated(program: Program, schedule: NoiseSchedule) -> NDArray[np.float64]
     where the denoiser is.
     """
     unit = np.eye(program.nfe + 2)
-    states: list[NDArray[np.float64]] = [unit[1]]
+    states: list[NDArray[np.float64]] = [program.start * unit[1]]
     epsilon: list[NDArray[np.float64]] = []
     x0: list[NDArray[np.float64]] = []
     for i, line in enumerate(program.lines):
-        alpha, sigma = schedule.alpha[line.t], schedule.sigma[line.t]
+        alpha, sigma = schedule.levels(line.t)
         epsilon.append(sigma * (states[-1] - alpha * MEAN * unit[0]) / (alpha**2 * STD**2 + sigma**2))
         x0.append((states[-1] - sigma * epsilon[-1]) / alpha)
         terms: list[tuple[list[NDArray[np.float64]], Mapping[int, float]]]

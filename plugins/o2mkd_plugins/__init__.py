@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from o2mkd_bench.core.hookspecs import Register, hookimpl
 
-from .datasets.options import Cifar10Options, DigitsOptions, ImageFolderOptions
+from .datasets.options import CelebAHQOptions, Cifar10Options, DigitsOptions, ImageFolderOptions, LsunOptions
 from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
 from .metrics import options as metrics
-from .models.options import UNet2DOptions
-from .samplers.options import DDIMOptions, DDPMOptions, DPMSolverOptions, ProgressiveOptions
+from .models.options import DiTOptions, UNet2DOptions
+from .samplers.options import (
+    DDIMOptions,
+    DDPMOptions,
+    DEISOptions,
+    DiffusersOptions,
+    DPMSolverOptions,
+    PNDMOptions,
+    ProgressiveOptions,
+    SigmaOptions,
+    UniPCOptions,
+)
 from .trackers.options import JsonLinesOptions
 from .wrappers.options import O2MKDOptions, SingleOptions
 
@@ -81,6 +91,37 @@ def register_samplers(register: Register) -> None:
         paper="arXiv 2206.00927, 2211.01095",
         summary="DPM-Solver and DPM-Solver++, orders 1 to 3, single- and multistep",
     )
+    register("euler", f"{home}.sigma:Euler", options=SigmaOptions, paper="arXiv 2206.00364", summary="Euler in sigma")
+    register(
+        "heun",
+        f"{home}.sigma:Heun",
+        options=SigmaOptions,
+        paper="arXiv 2206.00364",
+        summary="Heun in sigma, two evaluations a step",
+    )
+    register(
+        "pndm",
+        f"{home}.pndm:PNDM",
+        options=PNDMOptions,
+        paper="arXiv 2202.09778",
+        summary="PNDM of order 4, warmed up by PLMS or Runge-Kutta",
+    )
+    register(
+        "deis", f"{home}.deis:DEIS", options=DEISOptions, paper="arXiv 2204.13902", summary="DEIS, multistep in log rho"
+    )
+    register(
+        "unipc",
+        f"{home}.unipc:UniPC",
+        options=UniPCOptions,
+        paper="arXiv 2302.04867",
+        summary="UniPC, predictor and corrector, orders 1 to 3",
+    )
+    register(
+        "diffusers",
+        f"{home}.scheduler:Scheduler",
+        options=DiffusersOptions,
+        summary="any linear scheduler of diffusers, traced into a program",
+    )
     register(
         "progressive",
         f"{home}.progressive:Progressive",
@@ -103,6 +144,20 @@ def register_datasets(register: Register) -> None:
     register(
         "image_folder", f"{home}.image_folder:ImageFolder", options=ImageFolderOptions, summary="any folder of images"
     )
+    register(
+        "lsun",
+        f"{home}.lsun:Lsun",
+        options=LsunOptions,
+        paper="arXiv 1506.03365",
+        summary="a category of LSUN: the official lmdb, a folder of images, or a dataset of the Hub",
+    )
+    register(
+        "celebahq",
+        f"{home}.celebahq:CelebAHQ",
+        options=CelebAHQOptions,
+        paper="arXiv 1710.10196",
+        summary="CelebA-HQ: a folder of images, or a dataset of the Hub",
+    )
 
 
 @hookimpl
@@ -113,6 +168,15 @@ def register_models(register: Register) -> None:
         options=UNet2DOptions,
         summary="diffusers' UNet2DModel",
         class_name="UNet2DModel",
+    )
+    register(
+        "dit",
+        "o2mkd_plugins.models.dit:DiT",
+        options=DiTOptions,
+        paper="arXiv 2212.09748",
+        summary="diffusers' DiTTransformer2DModel, told no class",
+        class_name=("DiTTransformer2DModel", "Transformer2DModel"),
+        learned_variance=True,
     )
 
 

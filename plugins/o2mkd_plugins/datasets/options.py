@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from o2mkd_bench import Options, neutral
 
@@ -29,6 +29,9 @@ class Cifar10Options(Options):
     flip: bool = True
 
 
+Resample = Literal["lanczos", "bicubic", "bilinear", "box"]
+
+
 class ImageFolderOptions(Options):
     """Any folder of images.
 
@@ -44,6 +47,63 @@ class ImageFolderOptions(Options):
     root: str = neutral()
     size: int = Field(ge=4)
     channels: Literal[1, 3] = 3
-    resample: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    resample: Resample = "lanczos"
     test_fraction: float = Field(0.1, gt=0, lt=1)
     flip: bool = True
+
+
+class SquareOptions(Options):
+    """RGB images from this machine or from the Hugging Face Hub, brought to one size.
+
+    Attributes:
+        root: where they are on this machine; empty: take them from the Hub.
+        hub: a dataset of the Hub, ``owner/name``; read by the package ``datasets``.
+        revision: the 40 digits of a commit of it.
+        train_split, test_split: its splits; without ``test_split`` a ``test_fraction`` of the others is the test split.
+        column: where its images are.
+        size: the shorter side is resized to this where it differs, then the centre is cut out, pixels.
+        resample: the filter of that resize, antialiased.
+        test_fraction: this share of the images, evenly spread in their order, is the test split where none is given.
+        flip: mirror training images at random.
+    """
+
+    root: str = neutral("")
+    hub: str = neutral("", pattern=r"^$|^[\w.-]+/[\w.-]+$")
+    revision: str = neutral("", pattern=r"^$|^[0-9a-f]{40}$")
+    # neutral, as the fingerprint has them where they matter
+    train_split: str = neutral("train", min_length=1)
+    test_split: str = neutral("")
+    column: str = neutral("image", min_length=1)
+    size: int = Field(256, ge=4)
+    resample: Resample = "lanczos"
+    test_fraction: float = Field(0.05, gt=0, lt=1)
+    flip: bool = True
+
+    @model_validator(mode="after")
+    def _pinned(self) -> SquareOptions:
+        if bool(self.hub) != bool(self.revision):
+            raise ValueError("hub and revision go together: the 40 digits of a commit say which images those are")
+        return self
+
+
+class LsunOptions(SquareOptions):
+    """One category of LSUN (Yu et al., arXiv 1506.03365), whose export has images of 256 pixels on the shorter side.
+
+    Attributes:
+        root: the folder with ``<category>_train_lmdb``, and ``<category>_val_lmdb`` as the test split if it is there;
+            such an lmdb itself; or a folder of images.
+        category: as the official export calls it.
+    """
+
+    category: str = neutral("church_outdoor", pattern=r"^[\w-]+$")
+
+
+class CelebAHQOptions(SquareOptions):
+    """CelebA-HQ (Karras et al., arXiv 1710.10196).
+
+    Attributes:
+        root: a folder of images, searched recursively.
+        resample: ``box`` is how the published 256 pixels were made from 1024.
+    """
+
+    resample: Resample = "box"

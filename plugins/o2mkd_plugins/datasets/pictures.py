@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -50,3 +51,29 @@ def planes(image: Image.Image) -> NDArray[np.uint8]:
     """(C, H, W) from an RGB or grey image."""
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Square:
+    """How an encoded image becomes an array.
+
+    Attributes:
+        size: the shorter side is resized to this where it differs, and the central square cut out, pixels.
+        channels: 3 for RGB, 1 for grey.
+        resample: a filter of Pillow, which antialiases.
+    """
+
+    size: int
+    channels: int
+    resample: str
+
+    def __str__(self) -> str:
+        return f"shorter side to {self.size} by {self.resample}, centre crop"
+
+    def array(self, data: bytes | Path, where: str) -> NDArray[np.uint8]:
+        """uint8 (channels, size, size).
+
+        Raises:
+            UserError: naming ``where``, when the file is no whole image.
+        """
+        return planes(shrink(decode(data, self.channels, where), self.size, self.resample))

@@ -6,7 +6,6 @@ import hashlib
 import io
 import pickle
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.fingerprint import cache_folder, file_sha256
 from o2mkd_bench.engine.scoring import FeatureNetwork
 
-from .inception import FoldedInception
+from .inception import FoldedInception, fastest_form
 from .networks import EXTRACTORS
 from .options import (
     INCEPTION_SHA256,
@@ -91,9 +90,11 @@ def load_inception(path: Path, layers: Sequence[str], sha256: str = INCEPTION_SH
     tensors.seek(0)
     extractor = FeatureExtractorInceptionV3("inception", list(layers), feature_extractor_weights_path=tensors)
     resize = "bilinear 299, as TensorFlow 1"
-    return FeatureNetwork(
-        "inception", found, extractor, 3, resize, width=None, fast=partial(FoldedInception, extractor)
-    )
+
+    def fast() -> FoldedInception:
+        return FoldedInception(extractor, fastest_form())
+
+    return FeatureNetwork("inception", found, extractor, 3, resize, width=None, fast=fast)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

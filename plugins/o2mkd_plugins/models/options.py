@@ -50,3 +50,23 @@ class UNet2DOptions(Options):
                 f"block_out_channels has {levels} levels: give down_block_types and up_block_types as many"
             )
         return self
+
+
+class DiTOptions(Options):
+    """A diffusers ``DiTTransformer2DModel`` trained from scratch.
+
+    Attributes:
+        num_attention_heads: heads of every block; with ``attention_head_dim`` they make its channels.
+        attention_head_dim: channels of one head.
+        num_layers: transformer blocks.
+        patch_size: pixels along the side of what becomes one token.
+        num_embeds_ada_norm: classes beside that for "none", which alone is trained without labels.
+        dropout: of attention and feed-forward layers, while training.
+    """
+
+    num_attention_heads: Positive = 4
+    attention_head_dim: Positive = 16
+    num_layers: Positive = 4
+    patch_size: Positive = 2
+    num_embeds_ada_norm: Annotated[int, Field(ge=0)] = 0
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from o2mkd_bench.core.program import Clip, Line, Program, Sampler
 from o2mkd_bench.core.schedule import NoiseSchedule
 
 from .options import DPMSolverOptions
+from .orders import multistep_orders, within_experts
 
 
 class DPMSolver(Sampler):
@@ -36,27 +36,12 @@ class DPMSolver(Sampler):
         Raises:
             UserError: for ``singlestep`` without ``lower_order_final`` when the order does not divide the steps.
         """
-        multistep = self.options.kind == "multistep"
-        wanted = self._multistep_orders(len(grid)) if multistep else self._singlestep_orders(len(grid))
-        if self.options.history == "keep":
-            return tuple(wanted)
-        found: list[int] = []
-        own = 0
-        for i, t in enumerate(grid):
-            changed = i > 0 and bisect_right(edges, t) != bisect_right(edges, grid[i - 1])
-            own = 1 if changed else own + 1
-            found.append(min(wanted[i], own))
-        return tuple(found)
-
-    def _multistep_orders(self, steps: int) -> list[int]:
         options = self.options
-        orders = [min(options.order, i + 1) for i in range(steps)]
-        few = options.lower_order_final and steps < 15
-        if few or options.final == "zero":
-            orders[-1] = 1
-        if few and steps > 1:
-            orders[-2] = min(orders[-2], 2)
-        return orders
+        if options.kind == "multistep":
+            wanted = multistep_orders(options.order, len(grid), options.lower_order_final, options.final)
+        else:
+            wanted = self._singlestep_orders(len(grid))
+        return tuple(wanted if options.history == "keep" else within_experts(wanted, grid, edges))
 
     def _singlestep_orders(self, steps: int) -> list[int]:
         order, lower = self.options.order, self.options.lower_order_final

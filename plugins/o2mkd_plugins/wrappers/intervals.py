@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import numpy as np
 
 from o2mkd_bench.core.errors import PluginError, UserError
 from o2mkd_bench.core.intervals import Interval, cover
-from o2mkd_bench.core.jobs import Lift
+from o2mkd_bench.core.jobs import Job, Lift
 from o2mkd_bench.core.schedule import NoiseSchedule
 
-from .options import IntervalsOption
+from .options import AUTO, IntervalsOption
 
 
 def uniform(students: int, schedule: NoiseSchedule) -> list[int]:
@@ -30,14 +31,23 @@ def snr(students: int, schedule: NoiseSchedule) -> list[int]:
     return [int(np.argmax(log_snr <= level)) for level in levels]
 
 
-def resolve(option: IntervalsOption, students: int, lift: Lift) -> tuple[Interval, ...]:
-    """The exact cover that an ``intervals`` option means.
+def shared_start(job: Job, share: float) -> Job:
+    """The first ``share`` of ``job``, which others continue; of 0 steps where that rounds to none."""
+    return replace(job, role="warmup", serves=None, steps=min(round(job.steps * share), job.steps - 1))
+
+
+def resolve(option: IntervalsOption, students: int, lift: Lift, start: Job) -> tuple[Interval, ...]:
+    """The exact cover that an ``intervals`` option means; ``start`` makes the student whose error ``auto`` goes by.
 
     Raises:
-        UserError: for a wrong number of edges, or edges that are no cover; K and the edges are named. PluginError for
-            a rule that is not known, fails, or gives something else than whole numbers.
+        UserError: for a wrong number of edges, or edges that are no cover; K and the edges are named. For ``auto``
+            where ``start`` has no step. PluginError for a rule that is not known, fails, or gives something else than
+            whole numbers.
     """
-    edges = _by_rule(option, students, lift) if isinstance(option, str) else list(option)
+    if option == AUTO:
+        edges = _measured(students, lift, start)
+    else:
+        edges = _by_rule(option, students, lift) if isinstance(option, str) else list(option)
     if len(edges) != students - 1:
         raise UserError(
             f"{lift.where}.intervals: {students} students need {students - 1} inner edges, {edges} are {len(edges)}"
@@ -46,6 +56,17 @@ def resolve(option: IntervalsOption, students: int, lift: Lift) -> tuple[Interva
         return cover(edges, lift.schedule.timesteps)
     except UserError as error:
         raise UserError(f"{lift.where}.intervals: {error}") from None
+
+
+def _measured(students: int, lift: Lift, start: Job) -> list[int]:
+    if students == 1:
+        return []
+    if start.steps < 1:
+        raise UserError(
+            f"{lift.where}.intervals: auto goes by the student of a shared warm-up, and there is none; use init: "
+            "shared with a larger warmup or budget, or give a rule or the edges"
+        )
+    return list(lift.measured(students, start))
 
 
 def _by_rule(name: str, students: int, lift: Lift) -> list[int]:

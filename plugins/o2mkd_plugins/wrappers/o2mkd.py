@@ -9,7 +9,7 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.intervals import Interval, Law
 from o2mkd_bench.core.jobs import Job, Lift, Wrapper
 
-from .intervals import resolve
+from .intervals import resolve, shared_start
 from .options import O2MKDOptions
 
 
@@ -34,9 +34,11 @@ class O2MKD(Wrapper):
                 f"{lift.where}: O2MKD of O2MKD is not possible, as it lifts one student that learns all timesteps from "
                 f"scratch and {job.role} is already lifted; remove one of the wrappers"
             )
-        serves = resolve(o.intervals, o.students, lift)
+        # at the horizon of the plain job: that of the lineage may depend on the edges
+        first = shared_start(job, o.warmup if o.init == "shared" else 0)
+        serves = resolve(o.intervals, o.students, lift, first)
         trains = [i.widened(o.overlap, timesteps) for i in serves]
-        warm = min(round(job.steps * o.warmup), job.steps - 1) if o.init == "shared" else 0
+        warm = first.steps
         laws, steps = self._layout(job, serves, trains, job.steps - warm)
         for k, (law, interval, n) in enumerate(zip(laws, trains, steps, strict=True)):
             if job.batch * law.mass(interval) < 1 or n < 1:
@@ -56,7 +58,7 @@ class O2MKD(Wrapper):
             experts = tuple(self._generalist(job, expert, k, serves, lift) for k, expert in enumerate(experts))
         if not warm:
             return experts
-        return (replace(job, role="warmup", serves=None, steps=warm, horizon=horizon), *experts)
+        return (replace(first, horizon=horizon), *experts)
 
     def _generalist(self, job: Job, expert: Job, k: int, serves: tuple[Interval, ...], lift: Lift) -> Job:
         """Expert ``k`` on the timesteps of ``job``, on a stream of its own whose whole batch is the expert's share.

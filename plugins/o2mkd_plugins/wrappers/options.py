@@ -10,6 +10,9 @@ from o2mkd_bench.core.options import Options
 
 IntervalsOption = str | tuple[int, ...]
 
+AUTO = "auto"
+"""As ``intervals``: edges between which the root of the student-teacher error over t has equal integrals."""
+
 
 class SingleOptions(Options):
     """One student for all timesteps."""
@@ -17,7 +20,9 @@ class SingleOptions(Options):
     scale: float = Field(1.0, gt=0, description="times the budget this student sees")
     students: int = Field(1, ge=1, description="with intervals: K, the number of experts that this student stands for")
     intervals: IntervalsOption | None = Field(
-        None, description="a control: t follows the law of experts that see equally many images each"
+        None,
+        description="a control: t follows the law of experts that see equally many images each; auto: those that "
+        "o2mkd has by default",
     )
     normalise: bool = Field(
         False,
@@ -34,7 +39,11 @@ class O2MKDOptions(Options):
     """
 
     students: int = Field(2, ge=1, description="K, the number of students")
-    intervals: IntervalsOption = Field("uniform", description="an interval rule by name, or the K - 1 inner edges")
+    intervals: IntervalsOption = Field(
+        "uniform",
+        description="an interval rule by name, the K - 1 inner edges, or auto: equal shares of the root of the error "
+        "over t that the student has after the shared start",
+    )
     init: Literal["shared", "teacher", "scratch"] = Field(
         "shared",
         description="shared: one student on all timesteps for `warmup` of the budget, then K copies specialise",

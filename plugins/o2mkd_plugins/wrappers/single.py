@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from o2mkd_bench.core.errors import UserError
-from o2mkd_bench.core.intervals import Law
+from o2mkd_bench.core.intervals import Interval, Law
 from o2mkd_bench.core.jobs import Job, Lift, Wrapper
 
-from .intervals import resolve
-from .options import SingleOptions
+from .intervals import resolve, shared_start
+from .options import IntervalsOption, O2MKDOptions, SingleOptions
+
+WARMUP: float = O2MKDOptions.model_fields["warmup"].default
 
 
 class Single(Wrapper):
@@ -29,12 +31,16 @@ class Single(Wrapper):
             )
         longer = replace(job, steps=steps, horizon=steps)
         if self.options.normalise:
-            return (replace(longer, normalise=self._edges(lift)),)
+            return (replace(longer, normalise=self._edges(job, lift)),)
         if self.options.intervals is None:
             return (longer,)
-        return (replace(longer, law=Law.equal(resolve(self.options.intervals, self.options.students, lift))),)
+        return (replace(longer, law=Law.equal(self._intervals(self.options.intervals, job, lift))),)
 
-    def _edges(self, lift: Lift) -> tuple[int, ...]:
+    def _intervals(self, option: IntervalsOption, job: Job, lift: Lift) -> tuple[Interval, ...]:
+        """The experts' intervals; by ``auto`` those of O2MKD with its own warm-up at the budget of ``job``."""
+        return resolve(option, self.options.students, lift, shared_start(job, WARMUP))
+
+    def _edges(self, job: Job, lift: Lift) -> tuple[int, ...]:
         """Inner edges of the intervals whose losses are normalised."""
         o = self.options
         if o.intervals is None or o.students == 1:
@@ -42,4 +48,4 @@ class Single(Wrapper):
                 f"{lift.where}.normalise: it needs the intervals to normalise by; give students of at least 2 and "
                 "intervals, a rule by name or the inner edges"
             )
-        return tuple(interval.lo for interval in resolve(o.intervals, o.students, lift)[1:])
+        return tuple(interval.lo for interval in self._intervals(o.intervals, job, lift)[1:])
