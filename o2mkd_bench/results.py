@@ -96,8 +96,9 @@ def _metrics(session: Session, survey: Survey) -> list[dict[str, Any]]:
 
 
 def _protocol(session: Session, survey: Survey, dataset: str, column: str) -> dict[str, Any] | None:
-    stored = [r["score"] for r in session.plan.references if r["dataset"] == dataset]
-    stored += [name for c in session.plan.cells if c.labels["dataset"] == dataset for name in c.scores]
+    # of the rows first: their images may have been finished in a way that neither noise nor real ones are
+    stored = [name for c in session.plan.cells if c.labels["dataset"] == dataset for name in c.scores]
+    stored += [r["score"] for r in session.plan.references if r["dataset"] == dataset]
     for name in stored:
         if survey.present(name):
             content = session.store.read_json(name, "scores.json")

@@ -24,6 +24,9 @@ class Family:
     def roles(self, network):
         return {"mid": "mid"}
 
+    def condition_shape(self, network):
+        return None
+
 
 class Denoiser(nn.Module):
     def __init__(self, channels=2, seed=0):

@@ -44,7 +44,7 @@ def sample(
     session = open_session(suite or find_suite(cell), store, sets=set_, seed=seed, device=device)
     chosen = choose(session.plan, cell)
     stage = session.plan.stages[chosen.samples]
-    for name in stage.needs["students"]:
+    for name in stage.inputs():
         if not session.store.has(name):
             label = session.plan.stages[name].label
             raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.root}; run its suite first")

@@ -192,6 +192,8 @@ class StudentEntry(Block):
         width: factor on the teacher's channels.
         blocks: residual blocks a resolution; null is the teacher's number.
         config: a whole architecture instead, as in diffusers' ``config.json``; a suite may give the path of one.
+        variant: a smaller architecture that the teacher's family knows by name.
+        init: ``teacher``: it starts from those of the teacher's weights that it has a place for.
         prediction: what it predicts; null is the teacher's.
     """
 
@@ -201,11 +203,15 @@ class StudentEntry(Block):
     config: (
         Annotated[dict[str, Any], WithJsonSchema({"type": ["object", "string"], "description": "or a path"})] | None
     ) = None
+    variant: Annotated[str, Field(min_length=1)] | None = None
+    init: Literal["scratch", "teacher"] = "scratch"
     prediction: Prediction | None = None
     training: TrainingOverride = Field(default_factory=TrainingOverride)
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentEntry:
+        if self.variant is not None and (self.config is not None or self.blocks is not None):
+            raise ValueError("variant names the architecture; leave config and blocks out, or variant")
         if self.config is not None and (self.width != 1.0 or self.blocks is not None):
             raise ValueError("config gives the whole architecture; leave width and blocks out, or config")
         return self
@@ -219,6 +225,8 @@ class Sampling(Block):
         batch: how many at a time; ``auto`` is as many as memory holds, at most 1024. Halved when memory runs out.
         weights: which weights of a student are scored.
         teacher_steps: further rows of the teacher alone, for each sampler that is not trained.
+        guidance: g of classifier-free guidance, epsilon = e_u + g (e_c - e_u), for models that draw from text; null is
+            the conditional prediction alone.
     """
 
     images: Count = 1000
@@ -227,6 +235,7 @@ class Sampling(Block):
     clip: Clip = "x0"
     weights: Annotated[tuple[Weights, ...], Field(min_length=1), UNIQUE] = ("ema",)
     teacher_steps: Ladder = ()
+    guidance: NotNegative | None = None
 
 
 class Speed(Block):

@@ -116,9 +116,10 @@ class Builder:
                 if teacher is None:
                     yield from _unresolved(limb)
                     continue
-                yield from self._teacher(source, teacher, limb)
+                seen = self.inputs.encoded(source, teacher)
+                yield from self._teacher(seen, teacher, limb)
                 for branch in limb.branches:
-                    yield from self._students(source, teacher, branch)
+                    yield from self._students(seen, teacher, branch)
 
     # which cells there are
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,6 +17,8 @@ from .schedule import NoiseSchedule, Prediction
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+CODEC = ("vae", "text_encoder", "tokenizer")
+"""The parts that make a pipeline one of latents and text; what else Stable Diffusion's has, no image needs."""
 SCHEDULER = "scheduler_config.json"
 
 # What a pipeline calls its denoiser, and the folder it lies in.
@@ -49,6 +51,9 @@ class Checkpoint:
         schedule, prediction: what ``scheduler`` means.
         weights: safetensors files, which together hold every tensor once.
         hash: of everything that decides what the network computes: config, schedule, prediction type, weights.
+        codec: for a network that works on latents, the files of what stands between them and pixels, and between
+            captions and conditions, by name below the pipeline; else none.
+        pixels: side of the images that it draws, through its codec where it has one.
     """
 
     folder: Path
@@ -59,6 +64,8 @@ class Checkpoint:
     prediction: Prediction
     weights: tuple[Path, ...]
     hash: str
+    codec: Mapping[str, Path] = field(default_factory=dict)
+    pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,15 @@ def read_checkpoint(
     """
     if not path.is_dir():
         raise UserError(f"{where}: there is no folder {path}; give the path of a diffusers pipeline or network")
-    _check_pipeline(path, where)
+    latent = _is_latent(path, where)
+    if not latent:
+        _check_pipeline(path, where)
     folder = next((path / name for name in DENOISERS if (path / name).is_dir()), path)
     model = _config(folder / "config.json", where)
     class_name = model.get("_class_name")
     family = _family(class_name, folder / "config.json", where)
+    _check_latent(family, latent, path, where)
+    codec = codec_files(path, where) if latent else {}
     # such a family leaves a network's variance out, where it has learned one
     learned = bool(family.traits.get("learned_variance", False))
     _check_channels(model, folder / "config.json", learned, where)
@@ -110,7 +121,37 @@ def read_checkpoint(
         "prediction": prediction,
         "weights": [content_hash(file, cache) for file in weights],
     }
-    return Checkpoint(folder, family, model, scheduler, noise, cast(Prediction, prediction), weights, identity(facts))
+    return Checkpoint(
+        folder=folder,
+        family=family,
+        model=model,
+        scheduler=scheduler,
+        schedule=noise,
+        prediction=cast(Prediction, prediction),
+        weights=weights,
+        hash=identity(facts),
+        codec=codec,
+        pixels=_pixels(model, codec, where),
+    )
+
+
+def codec_files(path: Path, where: str) -> dict[str, Path]:
+    """What a pipeline's autoencoder, text encoder and tokenizer are made from, by name below it.
+
+    Raises:
+        UserError: when something is missing, or weights are there as pickles only.
+    """
+    found = {"vae/config.json": path / "vae/config.json", f"vae/{WEIGHTS}": weight_files(path / "vae", where)[0]}
+    encoder = path / "text_encoder"
+    text = encoder / "model.safetensors"
+    found |= {f"text_encoder/{file.name}": file for file in (encoder / "config.json", text)}
+    found |= {f"tokenizer/{file.name}": file for file in sorted((path / "tokenizer").glob("*")) if file.is_file()}
+    for file in found.values():
+        if not file.is_file():
+            raise UserError(f"{where}: {file} is missing; save the whole pipeline with safe_serialization=True")
+    if not any(name in found for name in ("tokenizer/vocab.json", "tokenizer/tokenizer.json")):
+        raise UserError(f"{where}: {path / 'tokenizer'} holds no vocabulary; save the whole pipeline")
+    return found
 
 
 def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
@@ -155,7 +196,8 @@ def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
         if isinstance(found, str):
             network = Path(found).parent
             snapshot = network.parent if "/" in name else network
-            return HubRef(repo, revision, snapshot.name, snapshot if _has_weights(network) else None)
+            whole = _has_weights(network) and _has_codec(snapshot)
+            return HubRef(repo, revision, snapshot.name, snapshot if whole else None)
     pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
     return HubRef(repo, revision, revision if pinned else None, None)
 
@@ -174,7 +216,12 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     parts = [f"{part}/{name}" for part in DENOISERS for name in names]
     wanted = ["model_index.json", *names, SCHEDULER, *parts, f"scheduler/{SCHEDULER}"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if _is_latent(folder, repo):
+            # of several precisions the one without a variant in its name
+            codec = ["*/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors", "tokenizer/*"]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted, *codec]))
+        return folder
     except Exception as error:  # the client lets through errors of its transport, which changed twice so far
         at = f" at revision {revision}" if revision else ""
         command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
@@ -193,12 +240,52 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _check_pipeline(path: Path, where: str) -> None:
-    """Raise UserError for a pipeline with parts beside network and scheduler, such as one that works on latents."""
+def _has_codec(folder: Path) -> bool:
+    """Whether a pipeline has all of a codec, or needs none."""
+    try:
+        return not _is_latent(folder, "cache") or bool(codec_files(folder, "cache"))
+    except UserError:
+        return False
+
+
+def _parts(path: Path, where: str) -> set[str]:
+    """The parts that a pipeline's index names; none for a folder without one."""
     index = path / "model_index.json"
-    if not index.is_file():
-        return
-    parts = {key for key, value in _json(index, where).items() if isinstance(value, list) and any(value)}
+    found = _json(index, where) if index.is_file() else {}
+    return {key for key, value in found.items() if isinstance(value, list) and any(value)}
+
+
+def _is_latent(path: Path, where: str) -> bool:
+    """Whether a pipeline draws latents from text, as Stable Diffusion's does."""
+    return _parts(path, where).issuperset(CODEC)
+
+
+def _check_latent(family: Plugin, latent: bool, path: Path, where: str) -> None:
+    """Raise UserError for a network on latents without a codec, or a codec beside a network on pixels."""
+    if latent and not family.traits.get("latent"):
+        raise UserError(
+            f"{where}: the pipeline {path} has a text_encoder and a vae, but its network is read by "
+            f"{family.name}, which works on pixels; use a pipeline of nothing but a unet and a scheduler"
+        )
+    if family.traits.get("latent") and not latent:
+        raise UserError(
+            f"{where}: {path} holds a network that works on latents; give the whole pipeline with its "
+            f"{', '.join(CODEC)} and model_index.json"
+        )
+
+
+def _pixels(model: Mapping[str, Any], codec: Mapping[str, Path], where: str) -> int | None:
+    size = model.get("sample_size")
+    if not codec or not isinstance(size, int):
+        return size if isinstance(size, int) else None
+    # each level of the autoencoder but the last halves the side
+    return size << (len(_json(codec["vae/config.json"], where).get("block_out_channels", [0])) - 1)
+
+
+def _check_pipeline(path: Path, where: str) -> None:
+    """Raise UserError for a pipeline with parts beside network and scheduler that is none of those known."""
+    index = path / "model_index.json"
+    parts = _parts(path, where)
     if more := sorted(parts - {*DENOISERS, "scheduler"}):
         raise UserError(
             f"{where}: the pipeline {index} has a {more[0]}; use a pipeline of nothing but a {' or '.join(DENOISERS)} "

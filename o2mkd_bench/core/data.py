@@ -14,6 +14,25 @@ from .options import Options
 
 
 @dataclass(frozen=True)
+class Captions:
+    """What a dataset has for models that draw from text, beside the images that scores compare with.
+
+    Attributes:
+        pairs: content hash of the images and captions that train, or a word for what is not on this machine yet.
+        prompts: likewise of what is drawn from: which captions, in which order.
+        count: how many prompts there are.
+        size: of the images that train, and of those that are drawn, pixels.
+        finish: what is done to a drawn image before it is scored, in order (:mod:`o2mkd_bench.engine.finish`).
+    """
+
+    pairs: str
+    prompts: str
+    count: int
+    size: int
+    finish: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """Known without decoding anything.
 
@@ -22,6 +41,7 @@ class DatasetInfo:
         source: in words, for the record: ``scikit-learn digits``, ``tar of class folders`` …
         channels, size: of one image, pixels.
         flip: whether training mirrors images horizontally at random.
+        captions: what there is for models that draw from text; None for a dataset of images alone.
     """
 
     fingerprint: str
@@ -29,6 +49,7 @@ class DatasetInfo:
     channels: int
     size: int
     flip: bool
+    captions: Captions | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,19 @@ class DatasetSource(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Captioned images of one split, decoded while they are read.
+
+    Attributes:
+        count: how many there are.
+        pairs: each uint8 (3, size, size) and its caption, in their order; read once at most.
+    """
+
+    count: int
+    pairs: Iterable[tuple[NDArray[np.uint8], str]]
+
+
 class StreamedSource(DatasetSource):
     """A dataset that may be larger than memory: it gives ``splits``, and ``load`` is for those that are small."""
 
@@ -91,3 +125,15 @@ class StreamedSource(DatasetSource):
     def load(self) -> Images:
         arrays = {name: np.stack(list(split.images)) for name, split in self.splits().items()}
         return Images(arrays["train"], arrays["test"])
+
+
+class CaptionedSource(StreamedSource):
+    """A dataset of images with captions: its ``splits`` are what scores compare with, its ``pairs`` train."""
+
+    @abstractmethod
+    def pairs(self) -> dict[str, Pairs]:
+        """``train`` and ``test``, images of the size that ``info().captions`` declares."""
+
+    @abstractmethod
+    def prompts(self) -> list[str]:
+        """What is drawn from: image i is drawn from caption i."""

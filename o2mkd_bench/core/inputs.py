@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_checkpoint
+from .checkpoints import Checkpoint, read_checkpoint
 from .errors import UserError
+from .fingerprint import content_hash
 from .identity import resolved
 from .intervals import Interval, Law
 from .jobs import Job
@@ -16,7 +17,7 @@ from .plan import Plan, Stage
 from .plugins import Registry
 from .schedule import NoiseSchedule
 from .suite import Suite, TeacherEntry, Use
-from .training import Source, TeacherSource, at, reference
+from .training import Latent, Source, TeacherSource, at, reference
 
 # Where a hub teacher lies on this machine, or None while it is not downloaded.
 Locate = Callable[[str, str | None], Path | None]
@@ -49,7 +50,7 @@ class Inputs:
         }
         local = {"options": use.options.model_dump(mode="json"), "base": str(self.suite.base), "source": info.source}
         stage = self.plan.add(Stage.make("data", f"data {use.label}", spec, local=local))
-        return Source(use, stage, info.channels, info.size, info.flip)
+        return Source(use, stage, info.channels, info.size, info.flip, info.captions)
 
     def teacher(self, entry: TeacherEntry, source: Source) -> TeacherSource | None:
         """The teacher ``entry`` for ``source``; None for one of the hub that is not on this machine.
@@ -67,7 +68,9 @@ class Inputs:
         checkpoint = read_checkpoint(path, where, schedule=given)
         config = checkpoint.model
         shape = (config.get("in_channels"), config.get("sample_size"))
-        if shape != (source.channels, source.size):
+        if checkpoint.codec:
+            self._check_captioned(checkpoint, source, where)
+        elif shape != (source.channels, source.size):
             raise UserError(
                 f"{where}: the teacher draws {shape[0]} x {shape[1]} x {shape[1]} images, dataset {source.use.label} "
                 f"has {source.channels} x {source.size} x {source.size}; name another teacher or dataset"
@@ -76,13 +79,66 @@ class Inputs:
         network = made.network(config, checkpoint.prediction)
         spec = {"source": "checkpoint", "hash": checkpoint.hash, "network": network}
         stage = Stage.make("teacher", f"teacher {entry.name}", spec, local={"path": str(path), "schedule": given})
-        return replace(made, stage=self.plan.add(stage))
+        made = replace(made, stage=self.plan.add(stage))
+        return replace(made, codec=self._codec(made, checkpoint, path)) if checkpoint.codec else made
+
+    def _check_captioned(self, checkpoint: Checkpoint, source: Source, where: str) -> None:
+        """Raise UserError unless the dataset has captions, images of the teacher's size, and prompts enough."""
+        captions, size = source.captions, checkpoint.model.get("sample_size")
+        if captions is None or checkpoint.pixels != captions.size or not isinstance(size, int):
+            has = "no captions" if captions is None else f"captioned images of {captions.size} pixels"
+            raise UserError(
+                f"{where}: the teacher draws images of {checkpoint.pixels} pixels from text, dataset "
+                f"{source.use.label} has {has}; name another teacher or dataset"
+            )
+        if self.suite.sampling.images > captions.count:
+            raise UserError(
+                f"{at(self.suite, 'sampling.images')}: {self.suite.sampling.images} images need as many prompts, "
+                f"dataset {source.use.label} has {captions.count}; lower it or raise the dataset's prompts"
+            )
+
+    def _codec(self, teacher: TeacherSource, checkpoint: Checkpoint, path: Path) -> str:
+        spec = {
+            "family": {"name": teacher.family.key, "version": teacher.family.version},
+            "files": {name: content_hash(file) for name, file in checkpoint.codec.items()},
+        }
+        stage = Stage.make("codec", f"codec of {teacher.name}", spec, local={"path": str(path)})
+        return self.plan.add(stage)
+
+    def encoded(self, source: Source, teacher: TeacherSource) -> Source:
+        """``source`` as ``teacher`` sees it: itself for one on pixels, else with latents and conditions.
+
+        Raises:
+            UserError: for guidance where nothing is drawn from text.
+        """
+        if not teacher.codec:
+            if self.suite.sampling.guidance is not None:
+                where = at(self.suite, "sampling.guidance")
+                raise UserError(f"{where}: teacher {teacher.name} draws from no text; leave the key out")
+            return source
+        captions, label = source.captions, source.use.label
+        assert captions is not None
+        local = {"options": source.use.options.model_dump(mode="json"), "base": str(self.suite.base)}
+        needs = {"codec": (teacher.codec,)}
+        spec = {**reference(source.use), "fingerprint": captions.pairs, "size": captions.size}
+        made = Stage.make("latents", f"latents {label} {teacher.name}", spec, needs, local)
+        asked = {**reference(source.use), "fingerprint": captions.prompts, "count": captions.count}
+        prompts = Stage.make("prompts", f"prompts {label} {teacher.name}", asked, needs, local)
+        size = teacher.config["sample_size"]
+        shape = (teacher.config["in_channels"], size, size)
+        latent = Latent(teacher.codec, self.plan.add(made), self.plan.add(prompts), shape)
+        # a mirrored image has other latents than the mirrored latents
+        return replace(source, flip=False, latent=latent)
 
     def _trained(self, entry: TeacherEntry, source: Source) -> TeacherSource:
         assert entry.train is not None
         recipe = entry.train
         where = at(self.suite, f"teachers.{entry.name}.train")
         family = recipe.model.plugin
+        if source.captions is not None:
+            raise UserError(
+                f"{where}: dataset {source.use.label} is for teachers that draw from text; give one by path or hub"
+            )
         try:
             config = family.load()().teacher_config(recipe.model.options, source.channels, source.size)
         except UserError as error:

@@ -12,9 +12,8 @@ from .identity import identity
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
 from .program import Program
-from .schedule import NoiseSchedule
 from .suite import Expect, SamplerEntry, Suite, Use
-from .training import Draw, Source, TeacherSource, at, reference
+from .training import Draw, Source, TeacherSource, at, clip_of, reference
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Measures:
             UserError: when the sampler cannot run on this grid. PluginError when it declares another NFE than it has.
         """
         trained, schedule = subject.trained, subject.teacher.schedule
-        program = self._program(draw, trained.edges, schedule)
-        course = self._course(draw, trained, schedule)
+        program = self._program(draw, subject)
+        course = self._course(draw, subject)
         name = f"{subject.name} {draw.entry.label} {draw.steps} {draw.weights} seed {subject.labels['seed']}"
         drawn = {
             **course,
@@ -83,10 +82,18 @@ class Measures:
             "seed": subject.labels["seed"],
             "shape": subject.source.shape,
         }
+        needs = {"students": trained.students}
+        if latent := subject.source.latent:
+            assert subject.source.captions is not None
+            drawn["finish"] = list(subject.source.captions.finish)
+            needs |= {"codec": (latent.codec,), "prompts": (latent.prompts,)}
         local = {"batch": self.suite.sampling.batch}
-        samples = self.plan.add(Stage.make("samples", f"samples {name}", drawn, {"students": trained.students}, local))
+        samples = self.plan.add(Stage.make("samples", f"samples {name}", drawn, needs, local))
+        drawn_from = {slot: needs[slot] for slot in ("prompts",) if slot in needs}
         scores = tuple(
-            self.plan.add(Stage.make("score", f"score {name}", s.spec, {**s.needs, "samples": (samples,)}, s.local))
+            self.plan.add(
+                Stage.make("score", f"score {name}", s.spec, {**s.needs, "samples": (samples,), **drawn_from}, s.local)
+            )
             for s in self._scoring(subject.source)
         )
         return Cell(
@@ -97,10 +104,10 @@ class Measures:
             scores=scores,
             speed=self._speed(subject, course, name),
             probe=self._probe(subject, draw.weights),
-            nfe=program.nfe,
-            calls=tuple(program.calls(trained.edges, schedule.timesteps)),
+            nfe=program.nfe * self._passes,
+            calls=tuple(n * self._passes for n in program.calls(trained.edges, schedule.timesteps)),
             trained=trained,
-            facts={"spacing": course["spacing"], "clip": course["clip"], "precision": course["precision"]},
+            facts={key: course[key] for key in ("spacing", "clip", "precision", "guidance") if key in course},
             baseline_of=baseline_of,
         )
 
@@ -114,7 +121,7 @@ class Measures:
             "images": self.suite.probe.images,
             "precision": self.suite.precision,
         }
-        needs = {"data": (subject.source.stage,), "teacher": (teacher.stage,)}
+        needs = {"data": (subject.source.trained_on,), "teacher": (teacher.stage,)}
         found = Expectation(
             where=at(self.suite, f"teachers.{teacher.name}.expect"),
             dataset=labels["dataset"],
@@ -141,36 +148,42 @@ class Measures:
                 score = self.plan.add(Stage.make("score", label, spec, scoring.needs, scoring.local))
                 self.plan.references.append({"dataset": source.use.label, "what": what, "score": score})
 
-    def _course(self, draw: Draw, trained: Trained, schedule: NoiseSchedule) -> dict[str, Any]:
+    @property
+    def _passes(self) -> int:
+        """Network evaluations a step of a program costs: with guidance one with the text and one without."""
+        return 1 if self.suite.sampling.guidance in (None, 1) else 2
+
+    def _course(self, draw: Draw, subject: Subject) -> dict[str, Any]:
         """What decides a solver program and who is called when."""
+        guidance = self.suite.sampling.guidance
         return {
             "sampler": reference(draw.entry.use),
             "steps": draw.steps,
             "spacing": self._spacing(draw.entry),
-            "clip": self._clip(draw.entry),
-            "edges": list(trained.edges),
-            "timesteps": schedule.timesteps,
+            "clip": clip_of(self.suite, draw.entry, subject.source),
+            "edges": list(subject.trained.edges),
+            "timesteps": subject.teacher.schedule.timesteps,
             "precision": self.suite.precision,
+            **({} if guidance is None else {"guidance": guidance}),
         }
 
     def _spacing(self, entry: SamplerEntry) -> Any:
         return entry.spacing or self.suite.sampling.spacing
 
-    def _clip(self, entry: SamplerEntry) -> Any:
-        return entry.clip or self.suite.sampling.clip
-
-    def _program(self, draw: Draw, edges: tuple[int, ...], schedule: NoiseSchedule) -> Program:
+    def _program(self, draw: Draw, subject: Subject) -> Program:
         # the label names the sampler's entry, and the schedule lives as long as the teacher that has it
-        key = (draw.entry.label, draw.steps, edges, id(schedule))
+        schedule = subject.teacher.schedule
+        key = (draw.entry.label, draw.steps, subject.trained.edges, id(schedule))
         if key not in self._programs:
-            self._programs[key] = self._checked(draw, edges, schedule)
+            self._programs[key] = self._checked(draw, subject)
         return self._programs[key]
 
-    def _checked(self, draw: Draw, edges: tuple[int, ...], schedule: NoiseSchedule) -> Program:
+    def _checked(self, draw: Draw, subject: Subject) -> Program:
+        schedule, edges = subject.teacher.schedule, subject.trained.edges
         where = at(self.suite, f"samplers.{draw.entry.label}")
         try:
             grid = time_grid(self._spacing(draw.entry), draw.steps, schedule.timesteps)
-            program = draw.sampler.program(schedule, grid, edges, self._clip(draw.entry))
+            program = draw.sampler.program(schedule, grid, edges, clip_of(self.suite, draw.entry, subject.source))
             declared = draw.sampler.nfe(draw.steps)
         except UserError as error:
             raise type(error)(f"{where}: {error}") from None
@@ -221,7 +234,7 @@ class Measures:
             "precision": self.suite.precision,
         }
         needs = {
-            "data": (subject.source.stage,),
+            "data": (subject.source.trained_on,),
             "teacher": (subject.teacher.stage,),
             "students": trained.students,
         }

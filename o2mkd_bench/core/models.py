@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -11,6 +12,28 @@ from .options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Codec(ABC):
+    """What stands between pixels, captions and a latent network; its modules are on the device they are moved to.
+
+    Attributes:
+        parts: the modules that compute, for whoever moves them to a device.
+    """
+
+    parts: tuple[nn.Module, ...]
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents, float32 (B, C, h, w), of uint8 images (B, 3, H, W): the mean of the posterior, scaled."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, float32 (B, 3, H, W), in [-1, 1] but for overshoot, of latents (B, C, h, w)."""
+
+    @abstractmethod
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Conditions, float32 (B, L, D); the empty caption's is that of no condition."""
 
 
 class ModelFamily(ABC):
@@ -43,6 +66,31 @@ class ModelFamily(ABC):
     @abstractmethod
     def roles(self, network: nn.Module) -> dict[str, str]:
         """Role (``down.0`` … ``mid`` … ``up.3``) to module path."""
+
+    def condition_shape(self, network: nn.Module) -> tuple[int, ...] | None:
+        """The shape of one sample's ``condition`` in :meth:`forward`; None for a family that follows nothing."""
+        return None
+
+    def inherited(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> dict[str, str] | None:
+        """For each tensor of a student's network, by name, that of the teacher's which it starts from.
+
+        Both are architectures. None: all of them from those of the same name. By default the two must be the same but
+        for dropout, which has no weights.
+
+        Raises:
+            UserError: naming ``where``, when there are no such tensors.
+        """
+        if {**teacher, "dropout": 0} != {**student, "dropout": 0}:
+            raise UserError(f"{where}: a student of another shape cannot start from the weights of its teacher")
+        return None
+
+    def codec(self, folder: Path) -> Codec:
+        """What stands between pixels, captions and the networks of a latent family, from a stored pipeline.
+
+        Raises:
+            UserError: for a family that works on pixels, which is the default.
+        """
+        raise UserError(f"{type(self).__name__} works on pixels and has no codec")
 
     def optimise(self, network: nn.Module) -> nn.Module:
         """An equivalent of a frozen network for inference on CUDA, perhaps with fused kernels; by default itself.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # One number per kind of engine stage; raise it when the same spec gives another result.
 SEMANTICS = {
     "data": 1,
+    "codec": 1,
+    "latents": 1,
+    "prompts": 1,
     "teacher": 1,
     "state": 1,
     "edges": 1,

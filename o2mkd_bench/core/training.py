@@ -8,6 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from .data import Captions
 from .edges import IMAGES, POINTS, WAITING, Undecided
 from .errors import CorruptArtifact, PluginError, UserError
 from .identity import resolved
@@ -15,7 +16,7 @@ from .intervals import Interval, Law
 from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
 from .plan import Plan, Stage, Trained
 from .plugins import Plugin, Registry
-from .program import Round, Sampler
+from .program import Clip, Round, Sampler
 from .schedule import NoiseSchedule
 from .suite import MethodEntry, SamplerEntry, StudentEntry, Suite, Training, Use, WrapperEntry
 
@@ -30,24 +31,47 @@ def reference(use: Use) -> dict[str, Any]:
     return {"name": use.plugin.key, "version": use.plugin.version, "options": resolved(use.options)}
 
 
+@dataclass(frozen=True)
+class Latent:
+    """Stages of a codec, of the latents and conditions that train, and of the conditions that are drawn from."""
+
+    codec: str
+    stage: str
+    prompts: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A dataset in the plan."""
+    """A dataset in the plan, and what a teacher on latents makes of it.
+
+    Attributes:
+        stage: its images at the size at which they are scored.
+        latent: what networks see and draw in place of images; None for pixels.
+    """
 
     use: Use
     stage: str
     channels: int
     size: int
     flip: bool
+    captions: Captions | None = None
+    latent: Latent | None = None
+
+    @property
+    def trained_on(self) -> str:
+        """The stage whose arrays networks are trained on."""
+        return self.latent.stage if self.latent else self.stage
 
     @property
     def shape(self) -> list[int]:
-        return [self.channels, self.size, self.size]
+        """What networks draw."""
+        return list(self.latent.shape) if self.latent else [self.channels, self.size, self.size]
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherSource:
-    """A teacher in the plan: its artifact, and what is known of it without opening it."""
+    """A teacher in the plan: its artifact, what is known of it without opening it, and the stage of its codec."""
 
     name: str
     stage: str
@@ -55,6 +79,7 @@ class TeacherSource:
     config: Mapping[str, Any]
     schedule: NoiseSchedule
     prediction: str
+    codec: str = ""
 
     def network(self, config: Mapping[str, Any], prediction: str) -> dict[str, Any]:
         """What a trained artifact says of its network."""
@@ -142,7 +167,7 @@ class Trainer:
             "seed": recipe.seed,
             "precision": self.suite.precision,
         }
-        needs = {"data": (recipe.source.stage,), "teacher": (recipe.teacher.stage,), "start": (start,)}
+        needs = {"data": (recipe.source.trained_on,), "teacher": (recipe.teacher.stage,), "start": (start,)}
         label = f"{recipe.tag} edges of {students} seed {recipe.seed}"
         asked.append(self.plan.add(Stage.make("edges", label, spec, needs)))
         found = self.edges(asked[-1])
@@ -175,7 +200,7 @@ class Trainer:
         """One student for all timesteps: what a wrapper is given, and what a baseline is."""
         everything = Interval(0, recipe.teacher.schedule.timesteps)
         batch = self.training(recipe).batch
-        student = recipe.student.model_dump(include={"width", "blocks", "config"})
+        student = recipe.student.model_dump(include={"width", "blocks", "config", "variant"})
         law = Law.uniform(everything)
         return Job("student", everything, everything, law, batch, steps, steps, student=student)
 
@@ -207,8 +232,11 @@ class Trainer:
         teacher = recipe.teacher
         config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
         before = configs.get(job.start)
+        if self._origin(recipe, job) == "teacher" and (recipe.student.init == "teacher"):
+            # refused now, not when the teacher is there
+            teacher.family.load()().inherited(teacher.config, config, where)
         # dropout has no weights
-        if before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
+        elif before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(
                 f"{where}: wrappers.{recipe.wrapper.label}.init: a student of another shape cannot start from the "
                 f"weights of {job.start}; use init: shared or scratch, or give students.{recipe.student.name} width 1"
@@ -216,8 +244,9 @@ class Trainer:
         return config
 
     def _job(self, recipe: Recipe, job: Job, config: Mapping[str, Any], label: str, before: str | None) -> Stage:
-        needs = {"data": (recipe.source.stage,)}
-        if job.start == "teacher" or any(u.plugin.traits.get("needs_teacher", True) for u in recipe.method.uses):
+        needs = {"data": (recipe.source.trained_on,)}
+        origin = self._origin(recipe, job)
+        if origin == "teacher" or any(u.plugin.traits.get("needs_teacher", True) for u in recipe.method.uses):
             needs["teacher"] = (recipe.teacher.stage,)
         if before is not None:
             needs["start"] = (before,)
@@ -226,7 +255,7 @@ class Trainer:
             "methods": [reference(u) for u in recipe.method.uses],
             "training": resolved(self.training(recipe)),
             "job": job.spec(),
-            "start": job.start if before is None else "continue",
+            "start": origin if before is None else "continue",
             "flip": recipe.source.flip,
             "seed": recipe.seed,
             "precision": self.suite.precision,
@@ -234,6 +263,11 @@ class Trainer:
         if job.serves is None:
             return Stage.make("state", label, spec, needs, self._local)
         return Stage.make("student", label, {**spec, "store_dtype": self.suite.store_dtype}, needs, self._local)
+
+    @staticmethod
+    def _origin(recipe: Recipe, job: Job) -> str:
+        """What a job starts from: a student that is carved out of its teacher never starts from scratch."""
+        return "teacher" if job.start == "scratch" and recipe.student.init == "teacher" else job.start
 
     @property
     def _local(self) -> dict[str, Any]:
@@ -279,7 +313,7 @@ class Trainer:
         ends = [0, *trained.edges, recipe.teacher.schedule.timesteps]
         spec = {
             "round": {"kind": one.kind, "grid": grid, "fine": sorted(one.fine)},
-            "clip": draw.entry.clip or self.suite.sampling.clip,
+            "clip": clip_of(self.suite, draw.entry, recipe.source),
             "training": resolved(self.training(recipe, draw.entry)),
             **course,
             "flip": recipe.source.flip,
@@ -288,7 +322,7 @@ class Trainer:
             "store_dtype": self.suite.store_dtype,
         }
         before = {"edges": trained.edges, "prediction": trained.prediction, "weights": draw.weights}
-        needs = {"data": (recipe.source.stage,), "before": trained.students}
+        needs = {"data": (recipe.source.trained_on,), "before": trained.students}
         for k, (lo, hi) in enumerate(pairwise(ends)):
             inside = [i for i, t in enumerate(grid) if lo <= t < hi]
             if not inside:
@@ -302,6 +336,14 @@ class Trainer:
             label = f"{recipe.tag} {one.kind} {len(grid)}{who} seed {recipe.seed}"
             students[k] = self.plan.add(Stage.make("round", label, {**spec, **own}, needs, self._local))
         return tuple(students)
+
+
+def clip_of(suite: Suite, entry: SamplerEntry, source: Source) -> Clip:
+    """How x0 is clipped; latents have no bounds and are not, unless the suite says so."""
+    if entry.clip is not None:
+        return entry.clip
+    unsaid = source.latent is not None and "clip" not in suite.sampling.model_fields_set
+    return "none" if unsaid else suite.sampling.clip
 
 
 def baseline_steps(jobs: tuple[Job, ...], rule: str, batch: int) -> int:

@@ -28,7 +28,9 @@ def network_cost(family: ModelFamily, config: Mapping[str, Any], channels: int, 
     with torch.device("meta"), torch.no_grad():
         network = family.build(config).eval()
         x, t = torch.empty(1, channels, size, size), torch.zeros(1, dtype=torch.int64)
+        followed = family.condition_shape(network)
+        condition = None if followed is None else torch.empty(1, *followed)
         with counter:
-            family.forward(network, x, t)
+            family.forward(network, x, t, condition)
     params = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return {"params": params, "macs": counter.get_total_flops() // 2}

@@ -44,16 +44,23 @@ def warn(text: str) -> None:
 def forward(
     family: ModelFamily, network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The raw prediction in float32, from ``x`` cast to ``dtype``; on CUDA laid out as ``x`` usually is."""
+    """The raw prediction in float32, all inputs cast to ``dtype``; on CUDA laid out as ``x`` usually is."""
     layout = torch.contiguous_format if x.is_cuda else torch.preserve_format
+    condition = None if condition is None else condition.to(dtype)
     return family.forward(network, x.to(dtype), t, condition).to(torch.float32, memory_format=layout)
 
 
 def tapped_forward(
-    family: ModelFamily, network: nn.Module, x: Tensor, t: Tensor, taps: Taps, dtype: torch.dtype
+    family: ModelFamily,
+    network: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    condition: Tensor | None,
+    dtype: torch.dtype,
+    taps: Taps,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`forward`, and what ``taps``, whose hooks stand in ``network``, have seen of it."""
-    return forward(family, network, x, t, None, dtype), taps.take()
+    return forward(family, network, x, t, condition, dtype), taps.take()
 
 
 class Call:
@@ -102,14 +109,17 @@ class Call:
         return None if self._compiled is None else self._compiled.reason
 
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The raw prediction for ``x`` float32 (B, C, H, W) and ``t`` int64 (B,), float32 of the same shape."""
+        """The raw prediction for ``x`` float32 (B, C, H, W) and ``t`` int64 (B,), float32 of the same shape.
+
+        ``condition``: (B, L, D) for a family that follows one, in any floating type.
+        """
         run: Callable[..., Tensor] = forward if self._compiled is None else partial(self._compiled, self._say)
         found: Tensor = self._in_precision(run, self._fast, x, t, condition)
         return found
 
-    def eager(self, x: Tensor, t: Tensor) -> Tensor:
+    def eager(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The same of the given network, never compiled: for a single call, and for hooks of one's own."""
-        found: Tensor = self._in_precision(forward, self.network, x, t, None)
+        found: Tensor = self._in_precision(forward, self.network, x, t, condition)
         return found
 
     def tapped(self, paths: Mapping[str, str], where: str) -> Tapped:
@@ -118,8 +128,11 @@ class Call:
         Raises:
             UserError: as :class:`o2mkd_bench.engine.taps.Taps` does, ``where`` being the network in words.
         """
-        ask = self._ask(paths, where) if paths else lambda x, t: (self(x, t), {})
+        ask = self._ask(paths, where) if paths else self._untapped
         return Replay(ask, self.network if self._trained else None, self._say) if self._replay else ask
+
+    def _untapped(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self(x, t, condition), {}
 
     def _ask(self, paths: Mapping[str, str], where: str) -> Tapped:
         known = {path for path, _ in self._fast.named_modules()}
@@ -131,20 +144,23 @@ class Call:
             variant: Hashable = tuple(paths.items())
             run = partial(shared(run, self.family, network, self.mode.compile, variant), self._say)
 
-        def ask(x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def ask(x: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             with taps:
-                found: tuple[Tensor, dict[str, Tensor]] = self._in_precision(run, network, x, t, taps)
+                found: tuple[Tensor, dict[str, Tensor]] = self._in_precision(run, network, x, t, condition, taps)
                 return found
 
         return ask
 
-    def _in_precision(self, run: Callable[..., Any], network: nn.Module, x: Tensor, t: Tensor, last: Any) -> Any:
+    def _in_precision(
+        self, run: Callable[..., Any], network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None, *taps: Taps
+    ) -> Any:
         if self._trained and self.mode.compile != "off":
             # students of one architecture see whole batches, halves and quarters: one graph for all of them
-            for value in (x, t):
-                torch._dynamo.maybe_mark_dynamic(value, 0)
+            for value in (x, t, condition):
+                if value is not None:
+                    torch._dynamo.maybe_mark_dynamic(value, 0)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != self._input):
-            return run(self.family, network, x, t, last, self._input)
+            return run(self.family, network, x, t, condition, self._input, *taps)
 
 
 class Experts:
@@ -163,18 +179,19 @@ class Experts:
         self.predictions = list(predictions)
         self.tables = tables
 
-    def predict(self, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, target: Prediction, condition: Tensor | None = None) -> Tensor:
         """What the network in charge of each sample's t says, as type ``target``; float32, shape of ``x``."""
         if len(self.calls) == 1:
-            return self._ask(0, x, t, target)
+            return self._ask(0, x, t, target, condition)
         owner = torch.bucketize(t, self.edges.to(t.device), right=True)
         out = torch.empty_like(x)
         for k in range(len(self.calls)):
             mine = (owner == k).nonzero().flatten()
             if len(mine):
-                out[mine] = self._ask(k, x[mine], t[mine], target)
+                own = None if condition is None else condition[mine]
+                out[mine] = self._ask(k, x[mine], t[mine], target, own)
         return out
 
-    def _ask(self, k: int, x: Tensor, t: Tensor, target: Prediction) -> Tensor:
+    def _ask(self, k: int, x: Tensor, t: Tensor, target: Prediction, condition: Tensor | None) -> Tensor:
         alpha, sigma = self.tables.alpha[t], self.tables.sigma[t]
-        return convert(self.calls[k](x, t), self.predictions[k], target, x, alpha, sigma)
+        return convert(self.calls[k](x, t, condition), self.predictions[k], target, x, alpha, sigma)

@@ -15,7 +15,7 @@ from ..core.schedule import Prediction
 from .denoiser import Call, Tables
 from .kd import KDMethod, StepContext, convert
 from .philox import Philox
-from .shared import Objective, Source, Teacher, View
+from .shared import Objective, Source, Teacher, View, optional
 from .stream import Stream
 from .taps import resolve, shapes
 
@@ -28,10 +28,11 @@ class Setting:
     """What a student's training is about, whichever objective it has.
 
     Attributes:
-        data: the training set, uint8 (N, C, H, W), on the device, or where it lives.
+        data: the training set, uint8 or latents (N, C, H, W), on the device, or where it lives.
         prediction: the student's type.
         interval: the timesteps (for a round: the grid entries) it trains on.
         total: length of its lineage, steps.
+        conditions: what the networks follow at each of the training set, where they follow something.
     """
 
     stream: Stream
@@ -40,10 +41,11 @@ class Setting:
     prediction: Prediction
     interval: Interval
     total: int
+    conditions: Tensor | Images | None = None
 
     def source(self, grid: Tensor | None = None) -> Source:
         """What it learns from; ``grid`` as :class:`~o2mkd_bench.engine.shared.Source` has it."""
-        return Source(self.stream, self.data, self.tables, grid)
+        return Source(self.stream, self.data, self.tables, grid, self.conditions)
 
 
 class Methods:
@@ -113,19 +115,21 @@ class Distil(Objective):
     def _inspect(self, call: Call, side: Literal["teacher", "student"]) -> tuple[dict[str, str], dict[str, torch.Size]]:
         """Where the features of one side are, and their shapes; a compiled call is not compiled for this."""
         paths = resolve(call.network, self.methods.features(side), call.family.roles(call.network), side)
-        return paths, shapes(call.network, paths, lambda: call.eager(*self._example()), side)
+        return paths, shapes(call.network, paths, lambda: call.eager(*self._example(call)), side)
 
-    def _example(self) -> tuple[Tensor, Tensor]:
+    def _example(self, call: Call) -> tuple[Tensor, ...]:
         device = self.setting.data.device
         x = torch.zeros(1, *self.setting.data.shape[1:], device=device)
-        return x, torch.zeros(1, dtype=torch.int64, device=device)
+        followed = call.family.condition_shape(call.network)
+        condition = () if followed is None else (torch.zeros(1, *followed, device=device),)
+        return x, torch.zeros(1, dtype=torch.int64, device=device), *condition
 
     def adapters(self) -> nn.Module | None:
         return self._adapters
 
     def loss(self, view: View, rows: Tensor, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         s, seen = self.setting, view.take(rows, taught=self.teacher is not None)
-        student, student_features = self.student(seen.x_t, seen.t)
+        student, student_features = self.student(seen.x_t, seen.t, *optional(seen.condition))
         told, answer = None, seen.answer
         if self.teacher is not None and answer is not None:
             told = convert(answer.raw, self.teacher.prediction, s.prediction, seen.x_t, seen.alpha, seen.sigma)
@@ -145,6 +149,7 @@ class Distil(Objective):
                 interval=s.interval,
                 step=step,
                 total=s.total,
+                condition=seen.condition,
                 teacher_features={} if answer is None else {name: answer.features[name] for name in self.wanted},
                 student_features=student_features,
                 generator=_generator(s.stream.seed, step, part, seen.x_t.device),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .compiled import Say, one_line
 
-Ask = Callable[[Tensor, Tensor], Tensor]
-"""x float32 (B, C, H, W) and t int64 (B,) to the raw prediction, float32 of the shape of x."""
+Ask = Callable[..., Tensor]
+"""x float32 (B, C, H, W), t int64 (B,) and a condition (B, …) where there is one to the raw prediction, as x."""
 
 # The first run compiles and picks kernels, the second makes what libraries keep between calls.
 _WARM_UP = 3
@@ -68,7 +68,7 @@ class Graphs:
         self._say = say
         self._capture = capture
         self._batch: int | None = None
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, ...] | None = None
         self._captured: dict[int, Captured] = {}
 
     def fit(self, batch: int) -> None:
@@ -79,15 +79,17 @@ class Graphs:
             self._captured.clear()
 
     @torch.no_grad()
-    def ask(self, k: int, x: Tensor, t: Tensor) -> Tensor:
+    def ask(self, k: int, x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         """What call ``k`` answers for ``x`` (B, C, H, W) and ``t`` (B,); the first size seen is the size, without fit.
+
+        ``condition``: (B, …), always or never.
 
         Raises:
             ValueError: for more images than the batch size.
         """
         if self._batch is None:
             self.fit(len(x))
-        inputs = self._fill(x, t)
+        inputs = self._fill(x, t, *condition)
         if k not in self._captured and self._capture is not None:
             self._record(k, inputs, self._capture)
         if k not in self._captured:
@@ -97,21 +99,22 @@ class Graphs:
         output: Tensor = captured.output[: len(x)].clone()
         return output
 
-    def _fill(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _fill(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         assert self._batch is not None
-        if len(x) > self._batch:
-            raise ValueError(f"{len(x)} images do not fit a batch of {self._batch}")
+        count = len(inputs[0])
+        if count > self._batch:
+            raise ValueError(f"{count} images do not fit a batch of {self._batch}")
         if self._buffers is None:
-            self._buffers = (x.new_zeros(self._batch, *x.shape[1:]), t.new_zeros(self._batch))
+            self._buffers = tuple(value.new_zeros(self._batch, *value.shape[1:]) for value in inputs)
             for buffer in self._buffers:
                 # a second size is compiled for itself, not for all sizes
                 torch._dynamo.mark_static(buffer)
         # rows beyond keep what they had: no network looks from one image at another
-        self._buffers[0][: len(x)].copy_(x)
-        self._buffers[1][: len(t)].copy_(t)
+        for buffer, value in zip(self._buffers, inputs, strict=True):
+            buffer[:count].copy_(value)
         return self._buffers
 
-    def _record(self, k: int, inputs: tuple[Tensor, Tensor], capture: Capture) -> None:
+    def _record(self, k: int, inputs: tuple[Tensor, ...], capture: Capture) -> None:
         pool = next((one.pool for one in self._captured.values()), None)
         try:
             self._captured[k] = capture(lambda: self.calls[k](*inputs), pool, inputs[0].device)

@@ -46,27 +46,29 @@ class Halve(Objective):
     def loss(self, view: View, rows: Tensor, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         s, seen = self.setting, view.take(rows)
         with torch.no_grad():
-            target = self._target(seen.x_t, seen.t, seen.place)
-        x_hat = convert(self.student(seen.x_t, seen.t), s.prediction, "sample", seen.x_t, seen.alpha, seen.sigma)
+            target = self._target(seen)
+        raw = self.student(seen.x_t, seen.t, seen.condition)
+        x_hat = convert(raw, s.prediction, "sample", seen.x_t, seen.alpha, seen.sigma)
         error = (x_hat - target).square().flatten(1).mean(1)
         term = (s.tables.snr[seen.t].clamp(min=1) * error).mean()
         return term, {"x0": term}
 
-    def _target(self, x_t: Tensor, t: Tensor, entry: Tensor) -> Tensor:
+    def _target(self, seen: View) -> Tensor:
         """The x0 from which one DDIM step lands where two steps of the round before do."""
+        x_t, t, condition = seen.x_t, seen.t, seen.condition
         if len(self.fine) == 0:
-            return self._x0(x_t, t)[0]
+            return self._x0(x_t, t, condition)[0]
         # entry i of the coarse grid is entry 2i + 1 of the fine one
-        place = 2 * entry + 1
-        middle = self._step(x_t, t, place - 1)
-        end = self._step(middle, self.fine[place - 1], place - 2)
+        place = 2 * seen.place + 1
+        middle = self._step(x_t, t, place - 1, condition)
+        end = self._step(middle, self.fine[place - 1], place - 2, condition)
         a_end, s_end = self._level(place - 2)
         ratio = s_end / _wide(self.setting.tables.sigma[t])
         return (end - ratio * x_t) / (a_end - ratio * _wide(self.setting.tables.alpha[t]))
 
-    def _x0(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _x0(self, x: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         tables = self.setting.tables
-        epsilon = self.before.predict(x, t, "epsilon")
+        epsilon = self.before.predict(x, t, "epsilon", condition)
         return clipped(x, epsilon, _wide(tables.alpha[t]), _wide(tables.sigma[t]), self.clip)
 
     def _level(self, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +77,8 @@ class Halve(Objective):
         t = self.fine[place.clamp(min=0)]
         return _wide(torch.where(inside, tables.alpha[t], 1.0)), _wide(torch.where(inside, tables.sigma[t], 0.0))
 
-    def _step(self, x: Tensor, t: Tensor, place: Tensor) -> Tensor:
-        x0, epsilon = self._x0(x, t)
+    def _step(self, x: Tensor, t: Tensor, place: Tensor, condition: Tensor | None) -> Tensor:
+        x0, epsilon = self._x0(x, t, condition)
         alpha, sigma = self._level(place)
         return alpha * x0 + sigma * epsilon
 

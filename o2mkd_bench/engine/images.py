@@ -1,4 +1,7 @@
-"""Where a training set lives while networks train on it: on the device, or in a file that is read ahead."""
+"""Where a training set lives while networks train on it: on the device, or in a file that is read ahead.
+
+Images, and just so latents and the conditions that belong to them: an array whose first axis is the number.
+"""
 
 from __future__ import annotations
 

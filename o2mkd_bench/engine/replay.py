@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from .compiled import Say, one_line
 from .graphs import capture
 
-Tapped = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(x, t) to the prediction and the features by name, all float32."""
+Tapped = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(x, t), or (x, t, condition), to the prediction and the features by name, all float32."""
 
 # A size is captured when it comes so often; intervals that cut a batch differently each step are few beyond so many.
 _OFTEN, _SIZES = 3, 4
 
-Record = Callable[[Tapped, nn.Module | None, Tensor, Tensor], Tapped]
+Record = Callable[..., Tapped]
+"""What :func:`recorded` does."""
 
 
 class Replay:
@@ -41,37 +42,38 @@ class Replay:
         self._seen: Counter[int] = Counter()
         self._known: dict[int, Tapped] = {}
 
-    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The pass, for ``x`` float32 (B, C, H, W) and ``t`` int64 (B,)."""
-        size = len(x)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pass, for ``x`` float32 (B, C, H, W), ``t`` int64 (B,), and a condition (B, …) where there is one."""
+        size = len(inputs[0])
         if size not in self._known:
             self._seen[size] += 1
             if self.reason is not None or self._seen[size] < _OFTEN or len(self._known) == _SIZES:
-                return self._ask(x, t)
+                return self._ask(*inputs)
             try:
-                self._known[size] = self._record(self._ask, self._trained, x, t)
+                self._known[size] = self._record(self._ask, self._trained, *inputs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 self.reason = one_line(error)
                 self._say(f"a training pass could not be captured; it is launched instead ({self.reason})")
-                return self._ask(x, t)
-        return self._known[size](x, t)
+                return self._ask(*inputs)
+        return self._known[size](*inputs)
 
 
-def recorded(ask: Tapped, trained: nn.Module | None, x: Tensor, t: Tensor) -> Tapped:
-    """``ask`` for inputs like ``x`` and ``t`` as CUDA graphs.
+def recorded(ask: Tapped, trained: nn.Module | None, *like: Tensor) -> Tapped:
+    """``ask`` for inputs as these as CUDA graphs.
 
     Raises:
         OutOfMemoryError, RuntimeError: for what cannot be captured, such as a call that waits for the device.
     """
-    one, inputs, pool = _Pass(ask, trained), (x.clone(), t.clone()), _Pool.of(x.device)
+    device = like[0].device
+    one, inputs, pool = _Pass(ask, trained), tuple(value.clone() for value in like), _Pool.of(device)
     # what a network draws while it is warmed up is not missing after
-    with torch.random.fork_rng([x.device]):
+    with torch.random.fork_rng([device]):
         run = (_forward if trained is None else _both)(one, inputs, pool.handle)
 
-    def again(x: Tensor, t: Tensor, pool: _Pool = pool) -> tuple[Tensor, dict[str, Tensor]]:
-        return one.named(run(x, t))
+    def again(*inputs: Tensor, pool: _Pool = pool) -> tuple[Tensor, dict[str, Tensor]]:
+        return one.named(run(*inputs))
 
     return again
 
@@ -85,8 +87,8 @@ class _Pass(nn.Module):
         self._ask = ask
         self._names: tuple[str, ...] = ()
 
-    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        raw, features = self._ask(x, t)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        raw, features = self._ask(*inputs)
         self._names = tuple(features)
         return (raw, *features.values())
 
@@ -95,24 +97,22 @@ class _Pass(nn.Module):
         return raw, dict(zip(self._names, features, strict=True))
 
 
-def _forward(one: _Pass, inputs: tuple[Tensor, Tensor], pool: Any) -> Callable[[Tensor, Tensor], Any]:
+def _forward(one: _Pass, inputs: tuple[Tensor, ...], pool: Any) -> Callable[..., Any]:
     with torch.no_grad():
         captured = capture(lambda: one(*inputs), pool, inputs[0].device)
 
-    def run(x: Tensor, t: Tensor) -> Any:
-        inputs[0].copy_(x)
-        inputs[1].copy_(t)
+    def run(*values: Tensor) -> Any:
+        for place, value in zip(inputs, values, strict=True):
+            place.copy_(value)
         captured.replay()
         return captured.output
 
     return run
 
 
-def _both(one: _Pass, inputs: tuple[Tensor, Tensor], pool: Any) -> Callable[[Tensor, Tensor], Any]:
+def _both(one: _Pass, inputs: tuple[Tensor, ...], pool: Any) -> Callable[..., Any]:
     with torch.cuda.device(inputs[0].device):
-        made: Callable[[Tensor, Tensor], Any] = torch.cuda.make_graphed_callables(
-            one, inputs, allow_unused_input=True, pool=pool
-        )
+        made: Callable[..., Any] = torch.cuda.make_graphed_callables(one, inputs, allow_unused_input=True, pool=pool)
         return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -46,28 +47,41 @@ class Router:
             self.graphs.fit(batch)
 
     @torch.no_grad()
-    def ask_all(self, shape: Sequence[int], device: torch.device, batch: int) -> None:
-        """Evaluate every network once, uncompiled, for ``batch`` images (C, H, W) of zeros: to see what it takes."""
-        x = torch.zeros(batch, *shape, device=device)
-        for call in self.calls:
-            call.eager(x, torch.zeros(batch, dtype=torch.int64, device=device))
+    def ask_all(
+        self, shape: Sequence[int], device: torch.device, batch: int, condition: Sequence[int] | None = None
+    ) -> None:
+        """Evaluate every network once, uncompiled, for ``batch`` images (C, H, W) of zeros: to see what it takes.
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
+        ``condition``: the shape of one image's condition, where the networks follow one.
+        """
+        x, t = torch.zeros(batch, *shape, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+        given = () if condition is None else (torch.zeros(batch, *condition, device=device),)
+        for call in self.calls:
+            call.eager(x, t, *given)
+
+    def __call__(self, x: Tensor, t: float, *condition: Tensor) -> Tensor:
         """The raw prediction for ``x`` float32 (B, C, H, W) at timestep ``t``, float32 of the same shape.
 
-        The network is handed int64 for an int, float32 for a float.
+        The network is handed int64 for an int, float32 for a float. ``condition``: (B, …), for networks that follow
+        one.
         """
         times = torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32, device=x.device)
         k = self.route(t)
-        return self.calls[k](x, times) if self.graphs is None else self.graphs.ask(k, x, times)
+        ask = self.calls[k] if self.graphs is None else partial(self.graphs.ask, k)
+        return ask(x, times, *condition)
 
     def epsilon(self, schedule: NoiseSchedule, prediction: Prediction) -> Denoise:
         """This router as :func:`run_program` wants it: networks that predict ``prediction`` answer with epsilon."""
-        if prediction == "epsilon":
-            return self
+        return as_epsilon(self, schedule, prediction)
 
-        def denoise(x: Tensor, t: float) -> Tensor:
-            alpha, sigma = (x.new_full((len(x),), level) for level in schedule.levels(t))
-            return convert(self(x, t), prediction, "epsilon", x, alpha, sigma)
 
-        return denoise
+def as_epsilon(raw: Denoise, schedule: NoiseSchedule, prediction: Prediction) -> Denoise:
+    """A denoiser that answers with ``prediction`` as one that answers with epsilon."""
+    if prediction == "epsilon":
+        return raw
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = (x.new_full((len(x),), level) for level in schedule.levels(t))
+        return convert(raw(x, t), prediction, "epsilon", x, alpha, sigma)
+
+    return denoise

@@ -122,6 +122,8 @@ def sample_images(
     indices: Tensor,
     batch: int,
     *,
+    render: Callable[[Tensor], Tensor] | None = None,
+    prompt: Callable[[Tensor], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_halve: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -133,6 +135,8 @@ def sample_images(
 
     Args:
         batch: images made at once; halved whenever memory runs out, which loses no image that was made.
+        render: makes of last states float32 (B, C, H, W) images uint8; :func:`to_uint8` by default.
+        prompt: told the indices of every batch before it is drawn, for a denoiser that follows something.
         on_batch: told after every batch how many images have arrived.
         on_halve: told the new batch before it is tried; what was held for the old one is to be given back.
 
@@ -146,7 +150,9 @@ def sample_images(
     while made.sent < len(indices):
         some = indices[made.sent : made.sent + batch]
         try:
-            made.send(_draw(program, schedule, counted, noise_for, some))
+            if prompt is not None:
+                prompt(some)
+            made.send((render or to_uint8)(_draw(program, schedule, counted, noise_for, some)))
         except torch.OutOfMemoryError:
             if len(some) == 1:
                 raise
@@ -165,12 +171,12 @@ def sample_images(
 
 
 def _draw(program: Program, schedule: NoiseSchedule, denoise: Denoise, noise_for: NoiseFor, indices: Tensor) -> Tensor:
-    """One batch of images, uint8 on the device."""
+    """The last states of one batch, float32 on the device."""
 
     def fresh(i: int) -> Tensor:
         return noise_for(indices, i + 1)
 
-    return to_uint8(run_program(program, schedule, denoise, noise_for(indices, 0), fresh))
+    return run_program(program, schedule, denoise, noise_for(indices, 0), fresh)
 
 
 class _Arrivals:
@@ -181,17 +187,21 @@ class _Arrivals:
         self._total = total
         self._tell = on_batch or (lambda done: None)
         self._host = torch.empty(0, dtype=torch.uint8)
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._under_way: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def send(self, images: Tensor) -> None:
-        """Take the next images, uint8 (B, C, H, W); from a GPU without waiting for them."""
+        """Take the next images, uint8 (B, C, H, W); from a GPU without waiting for them.
+
+        Those that ``render`` has brought to the CPU have arrived.
+        """
         if self.sent == 0:
             shape = (self._total, *images.shape[1:])
             self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
         rows = self._host[self.sent : self.sent + len(images)]
         self.sent += len(images)
-        if self._stream is None:
+        if self._stream is None or images.device != self._device:
             rows.copy_(images)
             self._tell(self.sent)
             return

@@ -77,9 +77,11 @@ class Metric(ABC):
 
     Attributes:
         device: the torch device on which ``compute`` may calculate; a score's stage sets it.
+        captions: what the generated images were drawn from, in their order, where they were; likewise set.
     """
 
     device: str = "cpu"
+    captions: Sequence[str] = ()
 
     def __init__(self, options: Options, dataset: str, base: Path = Path()) -> None:
         self.options = options

@@ -57,6 +57,7 @@ class View:
         alpha, sigma: the schedule at each t, float32.
         groups: int64, the relational group of each sample.
         answer: what the teacher says; None where nobody asked.
+        condition: what both networks follow, floating (R, …); None where they follow nothing.
     """
 
     rows: Tensor
@@ -69,6 +70,7 @@ class View:
     sigma: Tensor
     groups: Tensor
     answer: Answer | None = None
+    condition: Tensor | None = None
 
     def take(self, rows: Tensor, taught: bool = False) -> View:
         """These ``rows`` of the view, which must hold them; with ``taught`` also of the teacher's answer."""
@@ -76,7 +78,8 @@ class View:
         names = ("x0", "noise", "x_t", "place", "t", "alpha", "sigma", "groups")
         parts = {name: getattr(self, name)[pick] for name in names}
         answer = self.answer.take(rows) if taught and self.answer is not None else None
-        return View(rows=rows, **parts, answer=answer)
+        condition = None if self.condition is None else self.condition[pick]
+        return View(rows=rows, **parts, answer=answer, condition=condition)
 
 
 class Objective(ABC):
@@ -111,15 +114,24 @@ class Source:
     The bits of what an objective sees on the CPU do not depend on who else asks.
 
     Attributes:
-        data: the training set, uint8 (N, C, H, W), or where it lives.
+        data: the training set, uint8 images or floating latents (N, C, H, W), or where it lives.
         grid: for a stream whose t counts entries: their training timesteps, int64, on the device.
+        conditions: what networks follow at each of the training set, floating (N, …), where they follow something.
     """
 
-    def __init__(self, stream: Stream, data: Tensor | Images, tables: Tables, grid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        data: Tensor | Images,
+        tables: Tables,
+        grid: Tensor | None = None,
+        conditions: Tensor | Images | None = None,
+    ) -> None:
         self.stream = stream
         self.data = data
         self.tables = tables
         self.grid = grid
+        self.conditions = conditions
         self._tapped: dict[tuple[Call, tuple[str, ...]], Tapped] = {}
 
     def rows(self, batch: StreamBatch, interval: Interval) -> Tensor:
@@ -155,7 +167,8 @@ class Source:
         t = place if self.grid is None else self.grid[place]
         alpha, sigma = self.tables.alpha[t], self.tables.sigma[t]
         x_t = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * noise
-        return View(rows, x0, noise, x_t, place, t, alpha, sigma, groups)
+        condition = None if self.conditions is None else self.stream.take(batch, self.conditions, here)
+        return View(rows, x0, noise, x_t, place, t, alpha, sigma, groups, condition=condition)
 
     def _ask(self, view: View, rows: Tensor, asked: Sequence[tuple[Objective, Tensor]]) -> Answer:
         """One pass of the teacher, with every feature that any objective wants."""
@@ -165,11 +178,16 @@ class Source:
         if key not in self._tapped:
             self._tapped[key] = teacher.call.tapped(paths, "teacher")
         pick = _places(view.rows, rows, view.t.device)
-        x_t, t = view.x_t[pick], view.t[pick]
-        size = CHUNK if t.device.type == "cpu" else len(t)
-        pieces = zip(torch.split(x_t, size), torch.split(t, size), strict=True)
+        inputs = [value[pick] for value in (view.x_t, view.t, *optional(view.condition))]
+        size = CHUNK if view.t.device.type == "cpu" else len(inputs[1])
+        pieces = zip(*(torch.split(value, size) for value in inputs), strict=True)
         raws, features = zip(*(self._tapped[key](*piece) for piece in pieces), strict=True)
         return Answer(rows, _joined(raws), {name: _joined([f[name] for f in features]) for name in paths})
+
+
+def optional(condition: Tensor | None) -> tuple[Tensor, ...]:
+    """A condition as what follows (x, t) in a call; nothing for networks that follow nothing."""
+    return () if condition is None else (condition,)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -113,16 +113,20 @@ class Stream:
         return Philox.for_purpose(self.seed, "noise").normal((batch.step << 32) + sample, shape)
 
     def images(self, batch: StreamBatch, data: Tensor | Images, rows: Tensor | None = None) -> Tensor:
-        """Clean images of the batch, float32 (B, C, H, W) in [-1, 1], or of ``rows`` (int64) of it.
+        """Clean images of the batch, float32 (B, C, H, W), or of ``rows`` (int64) of it; see :func:`signal`.
 
         Args:
-            data: the training set, uint8 (N, C, H, W): a tensor on the batch's device, or wherever it lives.
+            data: the training set (N, C, H, W): a tensor on the batch's device, or wherever it lives.
         """
+        chosen = self.take(batch, data, rows)
+        flip = _rows(batch.flip, rows).view(-1, 1, 1, 1)
+        return signal(torch.where(flip, chosen.flip(-1), chosen))
+
+    def take(self, batch: StreamBatch, data: Tensor | Images, rows: Tensor | None = None) -> Tensor:
+        """What ``data`` (N, …) holds for the batch, or for ``rows`` (int64) of it, as it is there."""
         if len(data) != self.count:
             raise ValueError(f"the stream draws from {self.count} images, the data holds {len(data)}")
-        chosen = data[_rows(batch.index, rows)] if isinstance(data, Tensor) else data.take(self, batch, rows)
-        flip = _rows(batch.flip, rows).view(-1, 1, 1, 1)
-        return torch.where(flip, chosen.flip(-1), chosen).float().div_(127.5).sub_(1)
+        return data[_rows(batch.index, rows)] if isinstance(data, Tensor) else data.take(self, batch, rows)
 
     @cached_property
     def _newest(self) -> dict[torch.device, _Block]:
@@ -162,6 +166,11 @@ class _Block:
     flip: Tensor
     groups: Tensor
     host_t: Tensor
+
+
+def signal(stored: Tensor) -> Tensor:
+    """What networks are trained on, float32: uint8 images in [-1, 1], latents as they are."""
+    return stored.float() if stored.is_floating_point() else stored.float().div_(127.5).sub_(1)
 
 
 def _send(values: Tensor, device: torch.device) -> Tensor:

@@ -52,10 +52,13 @@ def read_weights(paths: Path | Sequence[Path]) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(network: nn.Module, paths: Path | Sequence[Path]) -> None:
+def load_weights(network: nn.Module, paths: Path | Sequence[Path], names: Mapping[str, str] | None = None) -> None:
     """Copy stored weights into ``network``, cast to its dtypes and device; every key and shape must agree.
 
     Attention parts under the names that diffusers used before 0.15 are accepted.
+
+    Args:
+        names: of each tensor of ``network`` its name in the files, which may then hold others too.
 
     Raises:
         UserError: naming file, and the first few keys that are missing, left over or of another shape.
@@ -65,6 +68,8 @@ def load_weights(network: nn.Module, paths: Path | Sequence[Path]) -> None:
     for old in [key for key in state if key not in own]:
         if (new := _renamed(old)) in own and new not in state:
             state[new] = state.pop(old)
+    if names is not None:
+        state = {own_name: state[name] for own_name, name in names.items() if name in state}
     file = paths if isinstance(paths, Path) else " and ".join(str(p) for p in paths)
     faults = {
         "lacks": sorted(own.keys() - state.keys()),

@@ -13,6 +13,9 @@ Maker = Callable[[Stage, Bench, Draft], None]
 
 MAKERS = {
     "data": "data:make",
+    "codec": "latents:make_codec",
+    "latents": "latents:make",
+    "prompts": "latents:make_prompts",
     "teacher": "train:make_teacher",
     "state": "train:make_state",
     "edges": "edges:make",

@@ -117,13 +117,21 @@ class Bench:
         return NoiseSchedule.from_scheduler_config(self.network(artifact)["schedule"])
 
     def images(self, data: str, split: str = "train") -> Tensor:
-        """Decoded images of a data artifact, uint8 (N, C, H, W), in a mapped file, as memory may not hold them."""
+        """Decoded images of a data artifact, uint8 (N, C, H, W), or latents, float16, in a mapped file.
+
+        Memory may not hold them.
+        """
         import numpy as np
         import torch
 
         # copy on write: torch takes no read-only arrays, and nothing writes
         array = np.load(self.store.read(data, f"{split}.npy"), mmap_mode="c", allow_pickle=False)
         return torch.from_numpy(array)
+
+    def conditions(self, data: str, split: str = "train") -> Path | None:
+        """The file of the conditions that belong to the latents of an artifact; None for images, which have none."""
+        name = f"{split}.text.npy"
+        return self.store.read(data, name) if name in self.store.manifest(data).files else None
 
     def tell(self, text: str) -> None:
         """Tell the observers something, in words, that is about no one stage."""

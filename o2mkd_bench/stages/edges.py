@@ -14,7 +14,7 @@ from ..core.store import Draft
 from ..engine.denoiser import Call, Experts
 from ..engine.philox import Philox
 from .bench import Bench, Stopwatch, write_json
-from .probe import curve, spread, teacher_of
+from .probe import Pictures, curve, followed, spread, teacher_of
 from .train import build
 
 AVERAGE = "ema/"
@@ -30,8 +30,8 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     teacher = teacher_of(stage, bench)
     student = _student(stage, bench, teacher)
 
-    def gap(x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return student.predict(x_t, t, "epsilon") - teacher.predict(x_t, t, "epsilon")
+    def gap(x_t: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
+        return student.predict(x_t, t, "epsilon", condition) - teacher.predict(x_t, t, "epsilon", condition)
 
     timesteps = len(teacher.tables.alpha)
     points = spread(spec["points"], timesteps)
@@ -53,12 +53,14 @@ def _student(stage: Stage, bench: Bench, teacher: Experts) -> Experts:
     return Experts([call], [], [about["prediction"]], teacher.tables)
 
 
-def _images(stage: Stage, bench: Bench) -> tuple[Tensor, Tensor]:
-    """Training images, uint8, each at most once, and a noise for each; both by the seed, for nothing but this."""
-    path = bench.store.read(stage.needs["data"][0], "train.npy")
+def _images(stage: Stage, bench: Bench) -> Pictures:
+    """Training images, each at most once, and a noise for each; both by the seed, for nothing but this."""
+    artifact = stage.needs["data"][0]
+    path = bench.store.read(artifact, "train.npy")
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
     philox = Philox.for_purpose(stage.spec["seed"], "edges")
     rank = philox.uniform(torch.arange(len(stored)), (1,), stream=1).flatten()
     rows = rank.argsort(stable=True)[: stage.spec["images"]].sort().values
     images = torch.from_numpy(stored[rows.numpy()]).to(bench.device)
-    return images, philox.normal(rows.to(bench.device), images.shape[1:])
+    noise = philox.normal(rows.to(bench.device), images.shape[1:])
+    return Pictures(images, noise, followed(bench, artifact, "train", rows.numpy()))

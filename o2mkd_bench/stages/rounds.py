@@ -15,7 +15,7 @@ from ..engine.learner import Course, Learner
 from ..engine.loop import Member
 from ..engine.stream import Stream
 from .bench import Bench, Stopwatch
-from .train import run, watcher, write_denoiser
+from .train import conditions_of, run, watcher, write_denoiser
 
 
 def make(stage: Stage, bench: Bench, draft: Draft) -> None:
@@ -36,7 +36,8 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     )
     entries = Interval(*spec["entries"])
     schedule = NoiseSchedule.from_scheduler_config(about["schedule"])
-    setting = Setting(stream, data, Tables.of(schedule, data.device), about["prediction"], entries, spec["steps"])
+    tables, conditions = Tables.of(schedule, data.device), conditions_of(bench, stage.needs["data"][0])
+    setting = Setting(stream, data, tables, about["prediction"], entries, spec["steps"], conditions)
     network = bench.denoiser(stage.needs["before"][before["own"]], before["weights"]).requires_grad_(True).train()
     teachers = bench.experts(stage.needs["before"], before["edges"], before["weights"], spec["precision"])
     family = bench.family(about)

@@ -60,15 +60,20 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
     if network.width is not None and stage.spec.get("source") != HELD_OUT:
         check_width(network.width, len(images))
     theirs = load_file(bench.store.read(stage.needs["reference"][0], "features.safetensors"))
+    if "prompts" in stage.needs:
+        captions = bench.store.read_json(stage.needs["prompts"][0], "captions.json")[: len(images)]
+        for metric in metrics:
+            metric.captions = captions
     data = bench.store.manifest(stage.needs["data"][0])
     protocol = Protocol(
         network=network.name,
         sha256=network.sha256,
-        reference="train",
+        reference=data.meta.get("reference", "train"),
         reference_fingerprint=data.spec["fingerprint"],
         reference_count=data.meta["train"],
         images=len(images),
         resize=network.resize,
+        **_rounding(stage, bench),
     )
     scores: dict[str, Any] = {}
     for metric in metrics:
@@ -79,6 +84,14 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
                 raise
     write_json(draft.dir / "scores.json", {"scores": scores, "protocol": asdict(protocol)})
     draft.meta["seconds"] = clock.seconds()
+
+
+def _rounding(stage: Stage, bench: Bench) -> dict[str, str]:
+    """How the samples became what is scored, where more was done than to round them."""
+    if "samples" not in stage.needs:
+        return {}
+    finish = bench.store.manifest(stage.needs["samples"][0]).spec.get("finish")
+    return {"rounding": "; ".join(["uint8 round", *finish])} if finish else {}
 
 
 def _images(stage: Stage, bench: Bench) -> Tensor:

@@ -8,14 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.mode import Mode
 from ..core.plan import Stage
 from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
-from ..engine.router import Router
-from ..engine.sample import run_program
+from ..engine.guidance import Guided
+from ..engine.router import Router, as_epsilon
+from ..engine.sample import MOST, run_program
 from .bench import Bench, Stopwatch, write_json
 from .samples import noise_source, solver
 from .train import build
@@ -29,7 +31,8 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
 
     What is measured is the way that sampling goes. ``compile`` and ``cuda_graphs`` are what really ran; where that is
     not what was asked for, ``fallback`` says why. ``peak_memory_mb`` is all that the process held on the device, after
-    warm-up and at the given batch: graphs keep their memory, used or not.
+    warm-up and at the given batch: graphs keep their memory, used or not. Of a
+    model on latents it is the drawing of latents, not their decoding, which all rows share.
     """
     spec, clock = stage.spec, Stopwatch()
     networks = stage.local["networks"]
@@ -38,12 +41,15 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     modules = [build(bench, about, 0).eval().requires_grad_(False) for about in networks]
     here = replace(bench, mode=Mode(spec["compile"], spec["cuda_graphs"]))
     router = here.assemble(networks[0], modules, spec["edges"], spec["precision"], partial(bench.say, stage))
-    denoise = router.epsilon(schedule, networks[0]["prediction"])
+    painter = _painter(router, bench.family(networks[0]).condition_shape(modules[0]), spec.get("guidance"))
+    denoise = as_epsilon(painter, schedule, networks[0]["prediction"])
     noise_for = noise_source(0, tuple(spec["shape"]))
 
     def draw(batch: int) -> Callable[[], None]:
-        router.fit(batch)
+        painter.fit(batch)
         indices = torch.arange(batch, device=bench.device)
+        if isinstance(painter, Guided):
+            painter.prompt(indices)
         noise = noise_for(indices, 0)
 
         def once() -> None:
@@ -66,6 +72,15 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     }
     write_json(draft.dir / "speed.json", found)
     draft.meta["seconds"] = clock.seconds()
+
+
+def _painter(router: Router, followed: tuple[int, ...] | None, guidance: float | None) -> Router | Guided:
+    """The router as sampling asks it: with guidance where its networks follow something, of which zeros will do."""
+    if followed is None:
+        return router
+    device = next(router.calls[0].network.parameters()).device
+    nothing = np.broadcast_to(np.zeros((), dtype=np.float16), (MOST, *followed))
+    return Guided(router, nothing, torch.zeros(followed, dtype=torch.float16, device=device), guidance)
 
 
 def measured(once: Callable[[], None], repeats: int, device: str) -> tuple[list[float], float | None]:

@@ -19,7 +19,7 @@ from ..core.suite import Training
 from ..engine.cost import Cost, network_cost
 from ..engine.denoiser import DTYPES, Call, Tables
 from ..engine.distil import Distil, Methods, Setting
-from ..engine.images import open_images
+from ..engine.images import Images, open_images
 from ..engine.kd import KDMethod
 from ..engine.learner import Course, Learner
 from ..engine.loop import Member, Watch, train
@@ -121,7 +121,13 @@ def source_of(stage: Stage, bench: Bench) -> Source:
     seed = Philox.torch_seed(spec["seed"], f"stream {own}") if own else spec["seed"]
     stream = Stream(seed, law, job["batch"], len(images), spec["flip"], group, data)
     schedule = NoiseSchedule.from_scheduler_config(spec["network"]["schedule"])
-    return Source(stream, images, Tables.of(schedule, images.device))
+    return Source(stream, images, Tables.of(schedule, images.device), conditions=conditions_of(bench, data))
+
+
+def conditions_of(bench: Bench, data: str) -> Images | None:
+    """What networks follow at each of a training set, where they follow something."""
+    path = bench.conditions(data)
+    return None if path is None else open_images(path, bench.device)
 
 
 def teacher_of(stage: Stage, bench: Bench) -> Teacher | None:
@@ -139,7 +145,10 @@ def begin(stage: Stage, bench: Bench) -> nn.Module:
     """The network of a stage before its first step; one that continues a state takes it over when it is enlisted."""
     network = build(bench, stage.spec["network"], stage.spec["seed"])
     if stage.spec["start"] == "teacher":
-        load_weights(network, bench.store.read(stage.needs["teacher"][0], "ema.safetensors"))
+        teacher, about = stage.needs["teacher"][0], stage.spec["network"]
+        configs = bench.network(teacher)["config"], about["config"]
+        names = bench.family(about).inherited(*configs, stage.label)
+        load_weights(network, bench.store.read(teacher, "ema.safetensors"), names)
     return network
 
 
@@ -150,7 +159,9 @@ def enlist(stage: Stage, bench: Bench, source: Source, network: nn.Module, teach
     interval = Interval(*job["trains"])
     # students that start alike on streams of their own have the adapters and draws of one seed, as experts do
     draws = replace(source.stream, seed=spec["seed"])
-    setting = Setting(draws, source.data, source.tables, about["prediction"], interval, job["horizon"])
+    setting = Setting(
+        draws, source.data, source.tables, about["prediction"], interval, job["horizon"], source.conditions
+    )
     methods: dict[str, KDMethod] = {}
     for ref in spec["methods"]:
         plugin = bench.registry.get("kd_methods", ref["name"])
