@@ -71,17 +71,22 @@ class ModelFamily(ABC):
         """The shape of one sample's ``condition`` in :meth:`forward`; None for a family that follows nothing."""
         return None
 
-    def inherited(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> dict[str, str] | None:
-        """For each tensor of a student's network, by name, that of the teacher's which it starts from.
+    def check_start(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> None:
+        """Whether a student of one architecture can start from the weights of a teacher of another. Torch-free.
 
-        Both are architectures. None: all of them from those of the same name. By default the two must be the same but
-        for dropout, which has no weights.
+        By default the two must be the same but for dropout, which has no weights.
 
         Raises:
-            UserError: naming ``where``, when there are no such tensors.
+            UserError: naming ``where``, when it cannot.
         """
         if {**teacher, "dropout": 0} != {**student, "dropout": 0}:
             raise UserError(f"{where}: a student of another shape cannot start from the weights of its teacher")
+
+    def inherited(self, network: nn.Module, teacher: Mapping[str, Any]) -> dict[str, str] | None:
+        """For each tensor of a student's ``network``, by name, that of its teacher's which it starts from.
+
+        None, the default: all of them from those of the same name. Asked where :meth:`check_start` has agreed.
+        """
         return None
 
     def codec(self, folder: Path) -> Codec:

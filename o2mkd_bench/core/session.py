@@ -114,10 +114,13 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
         return None
 
     registry, place = default_registry(), store_at(store)
-    machine = this_machine(suite)
+    machine, accept = this_machine(suite), [selection(text) for text in only]
+    plan = build(suite, machine, _cached, accept, registry, edges)
     if download:
-        _check_data(suite)
-    plan = build(suite, machine, locate, [selection(text) for text in only], registry, edges)
+        # before anything is downloaded
+        check_sources(plan, place, registry)
+        if any(entry.hub for entry in suite.teachers):
+            plan = build(suite, machine, locate, accept, registry, edges)
     for text in only:
         axis = text.partition("=")[0]
         # a teacher's row has no method, wrapper … and stays whatever is asked of those
@@ -127,13 +130,16 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     return Session(suite, place, machine, plan, registry, tuple(only))
 
 
-def _check_data(suite: Suite) -> None:
-    """Before a teacher is downloaded: what its data lack is known at once."""
-    for use in suite.datasets:
-        try:
-            use.plugin.load()(use.options, suite.base).ready()
-        except UserError as error:
-            raise type(error)(at(suite, str(error))) from None
+def check_sources(plan: Plan, store: Store, registry: Registry) -> None:
+    """Ask every dataset that is still to be decoded whether it can be.
+
+    Raises:
+        UserError: when one cannot.
+    """
+    for name, stage in plan.stages.items():
+        if stage.kind == "data" and not store.has(name):
+            plugin = registry.get("datasets", stage.spec["name"])
+            plugin.load()(plugin.parse(stage.local["options"]), Path(stage.local["base"])).ready()
 
 
 def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -232,9 +232,9 @@ class Trainer:
         teacher = recipe.teacher
         config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
         before = configs.get(job.start)
-        if self._origin(recipe, job) == "teacher" and (recipe.student.init == "teacher"):
+        if self._origin(recipe, job) == "teacher" and recipe.student.init == "teacher":
             # refused now, not when the teacher is there
-            teacher.family.load()().inherited(teacher.config, config, where)
+            teacher.family.load()().check_start(teacher.config, config, where)
         # dropout has no weights
         elif before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(

@@ -146,8 +146,7 @@ def begin(stage: Stage, bench: Bench) -> nn.Module:
     network = build(bench, stage.spec["network"], stage.spec["seed"])
     if stage.spec["start"] == "teacher":
         teacher, about = stage.needs["teacher"][0], stage.spec["network"]
-        configs = bench.network(teacher)["config"], about["config"]
-        names = bench.family(about).inherited(*configs, stage.label)
+        names = bench.family(about).inherited(network, bench.network(teacher)["config"])
         load_weights(network, bench.store.read(teacher, "ema.safetensors"), names)
     return network
 

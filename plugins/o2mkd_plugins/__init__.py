@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from o2mkd_bench.core.hookspecs import Register, hookimpl
 
-from .datasets.options import CelebAHQOptions, Cifar10Options, DigitsOptions, ImageFolderOptions, LsunOptions
+from .datasets.options import (
+    CelebAHQOptions,
+    Cifar10Options,
+    CocoOptions,
+    DigitsOptions,
+    ImageFolderOptions,
+    LsunOptions,
+)
 from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
 from .metrics import options as metrics
 from .models.options import DiTOptions, UNet2DOptions
@@ -158,6 +165,13 @@ def register_datasets(register: Register) -> None:
         paper="arXiv 1710.10196",
         summary="CelebA-HQ: a folder of images, or a dataset of the Hub",
     )
+    register(
+        "coco",
+        f"{home}.coco:Coco",
+        options=CocoOptions,
+        paper="arXiv 1405.0312, 2305.15798",
+        summary="MS-COCO with captions: pairs to train on, val2014 and its prompts to score with",
+    )
 
 
 @hookimpl
@@ -177,6 +191,14 @@ def register_models(register: Register) -> None:
         summary="diffusers' DiTTransformer2DModel, told no class",
         class_name=("DiTTransformer2DModel", "Transformer2DModel"),
         learned_variance=True,
+    )
+    register(
+        "unet2d_condition",
+        "o2mkd_plugins.models.unet2d_condition:UNet2DCondition",
+        paper="arXiv 2112.10752, 2305.15798",
+        summary="diffusers' UNet2DConditionModel on latents and text, as Stable Diffusion v1 has it",
+        class_name="UNet2DConditionModel",
+        latent=True,
     )
 
 
@@ -225,6 +247,17 @@ def register_metrics(register: Register) -> None:
         columns=metrics.precision_recall_columns,
         network_id=metrics.network_id,
         check_images=metrics.check_images,
+        higher_is_better=True,
+    )
+
+    register(
+        "clip_score",
+        "o2mkd_plugins.metrics.clip:ClipScore",
+        options=metrics.ClipOptions,
+        paper="arXiv 2104.08718",
+        summary="CLIP score: the mean cosine of an image and the text that it was drawn from",
+        columns=metrics.clip_columns,
+        network_id=metrics.clip_id,
         higher_is_better=True,
     )
 

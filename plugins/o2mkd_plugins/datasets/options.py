@@ -107,3 +107,31 @@ class CelebAHQOptions(SquareOptions):
     """
 
     resample: Resample = "box"
+
+
+class CocoOptions(Options):
+    """MS-COCO (Lin et al., arXiv 1405.0312) for models that draw from text.
+
+    Attributes:
+        root: the folder with ``val2014``, ``train2014`` and ``annotations``; empty: only a plan can be made.
+        train: a folder of captioned images with a metadata.csv or metadata.jsonl (file_name, text) to train on instead
+            of ``train2014``, such as the 212,776 pairs of BK-SDM.
+        metadata: a table with the prompts in a column ``text``, such as BK-SDM's metadata.csv; empty: one caption of
+            each image, the images drawn by ``seed``.
+        protocol: how drawn and real images are brought to the scored size.
+        prompts: how many.
+        size: of the images that train and that are drawn, pixels.
+        scored: of the images that are compared, pixels.
+        test_fraction: this share of the training images, evenly spread, is held out.
+    """
+
+    root: str = neutral("")
+    # neutral, as the fingerprints have them where they matter
+    train: str = neutral("")
+    metadata: str = neutral("")
+    protocol: Literal["bk_sdm", "clean"] = "bk_sdm"
+    prompts: int = neutral(30_000, ge=1)
+    seed: int = neutral(0, ge=0)
+    size: int = neutral(512, ge=8)
+    scored: int = Field(256, ge=4)
+    test_fraction: float = neutral(0.02, gt=0, le=0.5)

@@ -20,6 +20,7 @@ from o2mkd_bench.engine.scoring import check_width
 
 WEIGHTS = Path(__file__).parent / "weights"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+CLIP_WEIGHTS = "model.safetensors"
 INCEPTION_VARIABLE = "O2MKD_INCEPTION_WEIGHTS"
 
 
@@ -60,6 +61,18 @@ class PrecisionRecallOptions(MetricOptions):
     """Options of precision and recall: balls reach to the ``neighbours``-th nearest image."""
 
     neighbours: int = Field(3, ge=1)
+
+
+class ClipOptions(Options):
+    """Options of the CLIP score.
+
+    Attributes:
+        network: a CLIP of transformers by its id on the Hub; BK-SDM and most others take ViT-g-14 of LAION.
+        weights: the folder of a local copy; without one it is downloaded on first use.
+    """
+
+    network: str = Field("laion/CLIP-ViT-g-14-laion2B-s34B-b88K", pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    weights: str | None = neutral(None)
 
 
 def fid_columns(options: MetricOptions, dataset: str) -> tuple[str, ...]:
@@ -143,3 +156,28 @@ def weights_path(options: MetricOptions, base: Path = Path()) -> Path | None:
     if not path.is_file():
         raise NetworkUnavailable(f"{key}: {path} is no file; set it to the weights of {options.network}")
     return path
+
+
+def clip_columns(options: ClipOptions, dataset: str) -> tuple[str, ...]:
+    return ("clip",)
+
+
+def clip_id(options: ClipOptions, dataset: str, base: Path = Path()) -> dict[str, Any]:
+    """What the network of a CLIP score is, for identities; as :func:`network_id`."""
+    folder = clip_folder(options, base)
+    sha256 = None if folder is None else content_hash(folder / CLIP_WEIGHTS)
+    return {"network": f"clip:{options.network}", "sha256": sha256}
+
+
+def clip_folder(options: ClipOptions, base: Path = Path()) -> Path | None:
+    """The folder that the option names; None when it names none.
+
+    Raises:
+        NetworkUnavailable: when there are no weights in it.
+    """
+    if not options.weights:
+        return None
+    folder = base / Path(options.weights).expanduser()
+    if not (folder / CLIP_WEIGHTS).is_file():
+        raise NetworkUnavailable(f"metrics.weights: {folder} holds no {CLIP_WEIGHTS}; set it to a CLIP of transformers")
+    return folder
