@@ -17,6 +17,7 @@ def quiet() -> None:
         return
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module="o2mkd_")
-    for package in ("torch", "diffusers", "timm", "huggingface_hub"):
+    for package in ("torch", "diffusers", "timm", "transformers", "huggingface_hub"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for package in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{package}_VERBOSITY", "error")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 
 class Codec(ABC):
-    """What stands between pixels, captions and a latent network; its modules are on the device they are moved to.
-
-    Attributes:
-        parts: the modules that compute, for whoever moves them to a device.
-    """
-
-    parts: tuple[nn.Module, ...]
+    """What stands between pixels, captions and a latent network; what it takes and gives is on its device."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -89,8 +83,10 @@ class ModelFamily(ABC):
         """
         return None
 
-    def codec(self, folder: Path) -> Codec:
+    def codec(self, folder: Path, place: Callable[[nn.Module], nn.Module]) -> Codec:
         """What stands between pixels, captions and the networks of a latent family, from a stored pipeline.
+
+        ``place`` brings a frozen module to the device; modules that nobody asks for are not opened.
 
         Raises:
             UserError: for a family that works on pixels, which is the default.

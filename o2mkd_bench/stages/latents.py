@@ -101,10 +101,7 @@ def open_codec(bench: Bench, stage: Stage) -> Codec:
     files = [bench.store.read(artifact, name) for name in bench.store.manifest(artifact).files]
     folder = next(file.parent for file in files if file.name == "family.json")
     about = {"family": bench.store.read_json(artifact, "family.json")}
-    codec = bench.family(about).codec(folder)
-    for part in codec.parts:
-        bench.place(part.eval().requires_grad_(False))
-    return codec
+    return bench.family(about).codec(folder, lambda part: bench.place(part.eval().requires_grad_(False)))
 
 
 def _source(stage: Stage, bench: Bench) -> CaptionedSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 # as many prompts as ten times the width of the feature network
 TRAIN, VAL = 48, 640
 SIZE = 32
-# The autoencoder halves twice, the real one three times: the gradient of a bf16 convolution that halves a single pixel is
-# now and then NaN on the CPU (torch 2.15), so the coarsest level must be halved from two.
+# The autoencoder halves twice, the real one three times: the coarsest level must be halved from two pixels, as the
+# gradient of a bf16 convolution that halves a single one is now and then NaN on the CPU (torch 2.15).
 LATENT = SIZE // 4
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 200), "white": (235, 235, 235)}
 THINGS = ("square", "circle")
@@ -118,13 +119,12 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 def tokenizer(folder: Path) -> Any:
     """A CLIPTokenizer of the vocabulary, its files in ``folder``."""
-    from transformers import CLIPTokenizer
-
+    package = importlib.import_module("transformers")
     folder.mkdir(parents=True, exist_ok=True)
     tokens, merges = vocabulary()
     (folder / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    made = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    made = package.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
     made.save_pretrained(folder)
     return made
 
@@ -132,25 +132,24 @@ def tokenizer(folder: Path) -> Any:
 def pipeline(folder: Path) -> None:
     """A Stable Diffusion pipeline with fresh weights, its tokenizer real."""
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
+    diffusers, package = (importlib.import_module(name) for name in ("diffusers", "transformers"))
     words = tokenizer(folder / "tokenizer")
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
-    config = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=77, **TEXT, **ends)
+    config = package.CLIPTextConfig(vocab_size=len(words), max_position_embeddings=77, **TEXT, **ends)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = {
-            "unet": UNet2DConditionModel(**UNET),
-            "vae": AutoencoderKL(**VAE),
-            "text_encoder": CLIPTextModel(config),
+            "unet": diffusers.UNet2DConditionModel(**UNET),
+            "vae": diffusers.AutoencoderKL(**VAE),
+            "text_encoder": package.CLIPTextModel(config),
         }
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    diffusers.PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    index: dict[str, list[str | None]] = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None]}  # type: ignore[list-item]
+    index |= {"scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None]}
     text = json.dumps({"_class_name": "StableDiffusionPipeline", **index})
     (folder / "model_index.json").write_text(text, encoding="utf-8")
 
@@ -158,17 +157,16 @@ def pipeline(folder: Path) -> None:
 def clip(folder: Path) -> None:
     """A CLIP of both towers with fresh weights: what it sees means nothing, but it sees the same everywhere."""
     import torch
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+    package = importlib.import_module("transformers")
     words = tokenizer(folder)
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     text = {**TEXT, **ends, "vocab_size": len(words), "max_position_embeddings": 77}
     vision = {**TEXT, "image_size": 32, "patch_size": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        model = package.CLIPModel(package.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     model.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.fingerprint import file_sha256
 from o2mkd_bench.engine.scoring import FeatureNetwork, Metric
+from o2mkd_plugins.models.codec import opened, transformers
 
 from .options import CLIP_WEIGHTS, ClipOptions, clip_columns, clip_folder
 
@@ -84,17 +85,11 @@ class ClipExtractor(FeatureExtractorBase):
 def _opened(folder: Path) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
     """The model in a folder of transformers, and its text tower as a function of captions, (N, D) on the CPU."""
     try:
-        from transformers import CLIPModel, CLIPTokenizer
-    except ModuleNotFoundError as error:
-        raise NetworkUnavailable(
-            "clip_score needs the package transformers; install it with pip install 'o2mkd-bench[text]'"
-        ) from error
-    try:
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise NetworkUnavailable(f"{folder} is no CLIP of transformers with {CLIP_WEIGHTS} ({reason})") from error
+        package = transformers()
+        model = opened(package.CLIPModel, folder)
+        tokenizer = package.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (UserError, OSError, ValueError) as error:
+        raise NetworkUnavailable(f"the CLIP of clip_score: {error}") from error
     length = model.config.text_config.max_position_embeddings
 
     def embed(captions: Sequence[str]) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,38 +13,37 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import Codec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class LatentCodec(Codec):
     """Latents are the mean of the posterior times ``scaling_factor``; conditions the last hidden state of all tokens.
 
-    The mean, not a sample: an image's latents are then one array, and sampling noise is what the diffusion adds.
+    The mean, not a sample: an image's latents are then one array, and noise is what the diffusion adds.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """``folder``: with ``vae``, ``text_encoder`` and ``tokenizer``; only safetensors are read.
+    def __init__(self, folder: Path, place: Callable[[nn.Module], nn.Module]) -> None:
+        """``folder``: with ``vae``, ``text_encoder`` and ``tokenizer``; of weights only safetensors are read.
 
-        Raises:
-            UserError: when the package transformers is missing, or a part cannot be opened.
+        Each part is opened when it is first needed, which raises UserError when that cannot be.
         """
-        try:
-            from transformers import CLIPTextModel, CLIPTokenizer
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "captions are embedded by the package transformers; install it with pip install 'o2mkd-bench[text]'"
-            ) from error
+        self._folder = folder
+        self._place = place
+
+    @cached_property
+    def vae(self) -> Any:
         from diffusers import AutoencoderKL
 
-        here: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-        try:
-            self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **here)
-            self.text: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", **here)
-            self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"the pipeline below {folder} cannot be opened ({reason}); save it again") from error
-        self.parts = (self.vae, self.text)
+        # diffusers gives today's names to the attention parts of old files
+        return self._place(opened(AutoencoderKL, self._folder / "vae", low_cpu_mem_usage=False))
+
+    @cached_property
+    def text(self) -> Any:
+        return self._place(opened(transformers().CLIPTextModel, self._folder / "text_encoder"))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return transformers().CLIPTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
 
     def encode(self, images: Tensor) -> Tensor:
         pixels = images.float() / 127.5 - 1
@@ -60,3 +62,61 @@ class LatentCodec(Codec):
         )
         found: Tensor = self.text(tokens.input_ids.to(self.text.device))[0]
         return found
+
+
+def transformers() -> Any:
+    """The optional package.
+
+    Raises:
+        UserError: when it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "text is read by the package transformers; install it with pip install 'o2mkd-bench[text]'"
+        ) from error
+
+
+def opened(kind: Any, folder: Path, **options: Any) -> Any:
+    """A model of ``kind``, a class of diffusers or transformers, from a folder's safetensors, in float32.
+
+    Raises:
+        UserError: when it cannot be read, or a weight is missing.
+    """
+    import torch
+
+    with _without_bars():
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{folder} cannot be opened as a {kind.__name__} ({reason}); save it again") from error
+    # both libraries draw what is missing at random
+    if missing := sorted([*found["missing_keys"], *map(str, found["mismatched_keys"])]):
+        raise UserError(f"{folder} lacks {missing[0]} for a {kind.__name__}; save it again")
+    return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Neither library draws a progress bar for a file that is on this machine."""
+    import sys
+
+    known = sys.modules.get("transformers")
+    bars = None if known is None else known.utils.logging
+    drawn = bars is not None and bars.is_progress_bar_enabled()
+    if bars is not None:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn and bars is not None:
+            bars.enable_progress_bar()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -146,10 +146,10 @@ class UNet2DCondition(ModelFamily):
         ours, theirs = cast(Any, network).config, complete(teacher, CLASS_NAME)
         return {name: _source(name, ours, theirs) for name in network.state_dict()}
 
-    def codec(self, folder: Path) -> Codec:
+    def codec(self, folder: Path, place: Callable[[nn.Module], nn.Module]) -> Codec:
         from .codec import LatentCodec
 
-        return LatentCodec(folder)
+        return LatentCodec(folder, place)
 
     def checkpoint_activations(self, network: nn.Module) -> None:
         """Every block computes its activations again in the backward pass."""
