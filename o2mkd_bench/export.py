@@ -47,6 +47,10 @@ def export(session: Session, cell: Cell, folder: Path, dtype: Dtype = "fp32") ->
     check_free(folder)
     if reason := unfinished(session, cell):
         raise UserError(f"{reason}; run its suite first")
+    if "prompts" in session.plan.stages[cell.samples].needs:
+        raise UserError(
+            f"cell {cell.identity[:8]} draws from text, which the exported pipeline does not; use its store"
+        )
     text = card(session, cell, folder.name, dtype)
     with guarded(folder.parent, "the folder", "name another DIR"):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,13 @@ class ModelFamily(ABC):
     def roles(self, network: nn.Module) -> dict[str, str]:
         """Role (``down.0`` … ``mid`` … ``up.3``) to module path."""
 
+    def ready(self) -> None:  # noqa: B027 - most families need no more than the harness does
+        """Asked by a run before any work; quick and torch-free.
+
+        Raises:
+            UserError: when a package that the family's codec needs is not installed.
+        """
+
     def condition_shape(self, network: nn.Module) -> tuple[int, ...] | None:
         """The shape of one sample's ``condition`` in :meth:`forward`; None for a family that follows nothing."""
         return None

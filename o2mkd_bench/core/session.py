@@ -121,6 +121,7 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
         check_sources(plan, place, registry)
         if any(entry.hub for entry in suite.teachers):
             plan = build(suite, machine, locate, accept, registry, edges)
+            check_sources(plan, place, registry)
     for text in only:
         axis = text.partition("=")[0]
         # a teacher's row has no method, wrapper … and stays whatever is asked of those
@@ -131,15 +132,19 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
 
 
 def check_sources(plan: Plan, store: Store, registry: Registry) -> None:
-    """Ask every dataset that is still to be decoded whether it can be.
+    """Ask every dataset that is still to be decoded whether it can be, and every codec to be used likewise.
 
     Raises:
         UserError: when one cannot.
     """
     for name, stage in plan.stages.items():
-        if stage.kind == "data" and not store.has(name):
+        if store.has(name):
+            continue
+        if stage.kind == "data":
             plugin = registry.get("datasets", stage.spec["name"])
             plugin.load()(plugin.parse(stage.local["options"]), Path(stage.local["base"])).ready()
+        elif stage.kind == "codec":
+            registry.get("models", stage.spec["family"]["name"]).load()().ready()
 
 
 def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:

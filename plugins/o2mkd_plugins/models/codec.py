@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import Codec
+
+from .unet2d_condition import WITHOUT_TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,9 +76,7 @@ def transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
-        raise UserError(
-            "text is read by the package transformers; install it with pip install 'o2mkd-bench[text]'"
-        ) from error
+        raise UserError(WITHOUT_TEXT) from error
 
 
 def opened(kind: Any, folder: Path, **options: Any) -> Any:
@@ -85,6 +86,7 @@ def opened(kind: Any, folder: Path, **options: Any) -> Any:
         UserError: when it cannot be read, or a weight is missing.
     """
     import torch
+    from safetensors import SafetensorError
 
     with _without_bars():
         try:
@@ -96,7 +98,7 @@ def opened(kind: Any, folder: Path, **options: Any) -> Any:
                 torch_dtype=torch.float32,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{folder} cannot be opened as a {kind.__name__} ({reason}); save it again") from error
     # both libraries draw what is missing at random
@@ -108,8 +110,6 @@ def opened(kind: Any, folder: Path, **options: Any) -> Any:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Neither library draws a progress bar for a file that is on this machine."""
-    import sys
-
     known = sys.modules.get("transformers")
     bars = None if known is None else known.utils.logging
     drawn = bars is not None and bars.is_progress_bar_enabled()

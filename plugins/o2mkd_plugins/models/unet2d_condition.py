@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +49,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 GIVEN = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
+
+WITHOUT_TEXT = "text is read by the package transformers; install it with pip install 'o2mkd-bench[text]'"
 
 TOKENS = 77
 """Length of CLIP's text encoder, hence of every condition."""
@@ -116,6 +119,10 @@ class UNet2DCondition(ModelFamily):
             found["mid"] = "mid_block"
         found |= {f"up.{i}": f"up_blocks.{i}" for i in range(ups)}
         return found | {f"up.{i - ups}": f"up_blocks.{i}" for i in range(ups)}
+
+    def ready(self) -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError(WITHOUT_TEXT)
 
     def condition_shape(self, network: nn.Module) -> tuple[int, ...] | None:
         return TOKENS, int(cast(Any, network).config.cross_attention_dim)
