@@ -486,7 +486,7 @@ def test_measured_edges_and_rounds_follow_the_text(systems: Path, tmp_path: Path
     mapping = suite_of(
         systems,
         wrappers=[{"o2mkd": {"students": 2, "intervals": "auto"}, "label": "auto"}],
-        samplers=[{"progressive": {"steps": 2, "rounds": 1}}],
+        samplers=[{"progressive": {"steps": 2, "start": 4}}],
         budgets=[64],
     )
     results = run(mapping, out=tmp_path / "out", store=tmp_path / "store")
