@@ -376,7 +376,7 @@ def test_the_error_is_that_of_the_averaged_warm_up_on_training_images(ran):
     found = planned(ran[1] / "store")
     (name,) = found.plan.cells[2].measured
     stage, bench = found.plan.stages[name], bench_of(found)
-    images, noise = stage_edges._images(stage, bench)
+    images, noise, _ = stage_edges._images(stage, bench)
     train = np.load(found.store.read(stage.needs["data"][0], "train.npy"))
     known = {image.tobytes() for image in train}
     assert all(image.tobytes() in known for image in images.numpy())
@@ -408,9 +408,9 @@ def test_the_images_are_drawn_by_the_seed_each_once(ran):
     def drawn(**changes):
         return stage_edges._images(replace(stage, spec={**stage.spec, **changes}), bench)
 
-    images, noise = drawn()
+    images, noise, _ = drawn()
     assert torch.equal(drawn()[0], images)
-    other, fresh = drawn(seed=1)
+    other, fresh, _ = drawn(seed=1)
     assert not torch.equal(other, images)
     assert not torch.equal(fresh, noise)
     every = np.load(found.store.read(stage.needs["data"][0], "train.npy"))

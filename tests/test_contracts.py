@@ -24,8 +24,9 @@ from o2mkd_bench.testing import (
 
 # What needs files that are not in the repository has tests of its own.
 ELSEWHERE = {
-    *(("datasets", name) for name in ("cifar10", "image_folder", "lsun", "celebahq")),
-    ("models", "unet2d"),
+    *(("datasets", name) for name in ("cifar10", "image_folder", "lsun", "celebahq", "coco")),
+    *(("models", name) for name in ("unet2d", "unet2d_condition")),
+    ("metrics", "clip_score"),
     ("trackers", "jsonl"),
 }
 

@@ -163,7 +163,7 @@ def test_what_is_no_student_is_refused(student: dict[str, object], text: str) ->
 
 def test_blocks_cannot_be_removed_from_what_has_none() -> None:
     for changes in ({"layers_per_block": 1}, {"block_out_channels": [320]}):
-        with pytest.raises(UserError, match="layer a level|too few levels"):
+        with pytest.raises(UserError, match=r"layer a level|too few levels"):
             FAMILY.student_config({**SD, **changes}, {"variant": "bk_tiny"}, "s")
 
 
@@ -234,7 +234,7 @@ def test_a_missing_weight_is_never_drawn(pipeline: Path) -> None:
         state.pop(sorted(state)[0])
         save_file(state, path, metadata={"format": "pt"})
         codec = LatentCodec(pipeline, lambda module: module)
-        with pytest.raises(UserError, match="lacks|cannot be opened"):
+        with pytest.raises(UserError, match=r"lacks|cannot be opened"):
             _ = codec.text if part == "text_encoder" else codec.vae
 
 

@@ -118,7 +118,10 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
     plan = build(suite, machine, _cached, accept, registry, edges)
     if download:
         # before anything is downloaded
-        check_sources(plan, place, registry)
+        try:
+            check_sources(plan, place, registry)
+        except UserError as error:
+            raise type(error)(at(suite, str(error))) from None
         if any(entry.hub for entry in suite.teachers):
             plan = build(suite, machine, locate, accept, registry, edges)
             check_sources(plan, place, registry)
