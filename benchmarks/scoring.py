@@ -36,15 +36,8 @@ from o2mkd_plugins.metrics.fidelity import FrechetDistance
 from o2mkd_plugins.metrics.inception import FoldedInception, Form
 from o2mkd_plugins.metrics.options import MetricOptions
 
-# what else the tiles of the split form could be; see its kernels.py
-TILES = (
-    ((128, 128, 8, None), (128, 64, 4, None)),
-    ((128, 128, 8, None), (128, 64, 8, None)),
-    ((128, 64, 8, 128),),
-    ((64, 128, 4, None), (64, 64, 4, None)),
-    ((128, 128, 8, None), (128, 64, 8, 128), (128, 32, 4, None)),
-    ((256, 64, 8, None),),
-)
+# what else the tile of the split form could be; see its kernels.py
+TILES = ((128, 128, 8, None), (128, 64, 4, None), (128, 64, 8, None), (64, 128, 4, None), (256, 64, 8, None))
 # the 5.7 G multiply-adds of Inception at 299x299
 OPERATIONS = 2 * 5.7e9
 
@@ -200,8 +193,8 @@ def forms(extractor: Any) -> Iterator[tuple[str, bool, Callable[[], AbstractCont
     """Name, whether channels lie last, and a context in which the network has that form."""
 
     @contextmanager
-    def made(form: Form, tiles: Any = None) -> Iterator[Any]:
-        with mock.patch.object(kernels, "TILES", tiles) if tiles else nullcontext():
+    def made(form: Form, tile: Any = None) -> Iterator[Any]:
+        with mock.patch.object(kernels, "TILE", tile) if tile else nullcontext():
             yield FoldedInception(extractor, form).to(next(extractor.parameters()).device)
 
     for last in (False, True):
@@ -213,8 +206,8 @@ def forms(extractor: Any) -> Iterator[tuple[str, bool, Callable[[], AbstractCont
 
         for last in (False, True):
             yield "split", last, lambda: made("split")
-        for tiles in TILES:
-            yield f"split, tiles {tiles}", False, lambda tiles=tiles: made("split", tiles)
+        for tile in TILES:
+            yield f"split, tile {tile}", False, lambda tile=tile: made("split", tile)
 
 
 def warm(samples: Tensor, weights: Path, batch: int, device: str) -> None:

@@ -12,7 +12,7 @@ import typer
 from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, width
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 RESULTS = "results.json"
 
@@ -29,7 +29,10 @@ class Format(StrEnum):
 
 def report(
     what: Annotated[
-        Path, typer.Argument(metavar="SUITE|DIR", help="A suite, or the folder of its results.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="SUITE|DIR...", help="A suite, or the folder of its results; several are merged.", show_default=False
+        ),
     ],
     format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.table,
     out: Annotated[
@@ -41,27 +44,30 @@ def report(
     device: Device = None,
     store: StoreDir = None,
 ) -> None:
-    """Print the tables again: of a folder as they are, of a suite anew from the store.
+    """Print the tables again: of a folder as they are, of several merged, of a suite anew from the store.
 
     Example: `o2mkd-bench report results/quickstart --format latex`
     """
     from ..core.errors import UserError
 
-    if what.is_dir() or what.suffix == ".json":
+    folders = [path for path in what if path.is_dir() or path.suffix == ".json"]
+    if folders:
         if any(given is not None for given in (set_, only, seed, device, store)):
             raise UserError(
-                f"{what} is a folder of results; --set, --only, --seed, --device and --store go with a suite"
+                f"{folders[0]} is a folder of results; --set, --only, --seed, --device and --store go with a suite"
             )
-        document = read_results(what)
+        document = merged_results(what)
         if out is not None:
-            from ..report.write import write
+            from ..report.write import copied, write
 
-            write(document, out)
+            write(document, out, copied(document, [_folder(path) for path in what]))
+    elif len(what) > 1:
+        raise UserError(f"{what[1]} is a second suite; report one after the other, and merge their folders if need be")
     else:
         from ..runner import report as assemble
         from ..runner import results_folder
 
-        session = open_session(what, store, sets=set_, only=only, seed=seed, device=device)
+        session = open_session(what[0], store, sets=set_, only=only, seed=seed, device=device)
         results = assemble(session, out or results_folder(session.suite))
         document = dict(results.document)
         print(f"results in {results.out}", file=sys.stderr)
@@ -91,7 +97,23 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     from ..report.write import read
 
-    return read(path.parent if path.name == RESULTS else path)
+    return read(_folder(path))
+
+
+def merged_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """One document of what :func:`read_results` finds in each of ``paths``.
+
+    Raises:
+        UserError: as that, and where they are no parts of one table.
+    """
+    from ..report.merge import merge
+
+    documents = [read_results(path) for path in paths]
+    return merge(documents) if len(documents) > 1 else documents[0]
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == RESULTS else path
 
 
 def render(document: Mapping[str, Any], format: Format) -> str:

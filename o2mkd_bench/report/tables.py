@@ -129,9 +129,12 @@ def markdown(results: Results) -> str:
 
 
 def _made(results: Results) -> list[str]:
-    commit = results.get("git_commit")
-    said = [f"made {results['created']}"] if results.get("created") else []
-    said += [f"commit {str(commit)[:12]}"] if commit else []
+    runs = results.get("runs") or [results]
+    dates = sorted(run["created"] for run in runs if run.get("created"))
+    commits = dict.fromkeys(str(run["git_commit"])[:12] for run in runs if run.get("git_commit"))
+    said = [f"made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"] if dates else []
+    said += [f"in {len(runs)} runs"] if len(runs) > 1 else []
+    said += [f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"] if commits else []
     return [", ".join(said)] if said else []
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
         (folder / "results.md").write_text(markdown(results), encoding="utf-8", newline="\n")
         quality_vs_speed(results, folder / "quality_vs_speed.png")
         per_timestep(results, folder / "per_timestep.png")
-        _write_json({key: results.get(key) for key in RUN_KEYS}, folder / "run.json")
+        parts = {"runs": results["runs"]} if results.get("runs") else {}
+        _write_json({key: results.get(key) for key in RUN_KEYS} | parts, folder / "run.json")
         _write_json(results, folder / "results.json")
         for path in sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == "results.json"):
             place = out / path.relative_to(folder)
@@ -51,6 +53,18 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
             os.replace(path, place)
     for name in stale:
         (out / name).unlink(missing_ok=True)
+
+
+def copied(results: Results, folders: Sequence[Path]) -> Callable[[Path], None]:
+    """For :func:`write`: the sample grids that rows name, each from the first of ``folders`` that has it."""
+
+    def pictures(into: Path) -> None:
+        (into / "samples").mkdir()
+        for name in _pictures(results):
+            if found := next((folder / name for folder in folders if (folder / name).is_file()), None):
+                shutil.copyfile(found, into / name)
+
+    return pictures
 
 
 def _pictures(results: Results) -> set[str]:

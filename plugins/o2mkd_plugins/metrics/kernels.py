@@ -1,4 +1,8 @@
-"""Convolutions of float32 images on tensor cores that lose nothing; a Triton kernel, imported only where Triton is."""
+"""Convolutions of float32 images on tensor cores that lose nothing, and pools: in Triton, imported only where it is.
+
+Both read some of the channels of a channels-last tensor where they lie and write some of those of another, so that
+what a network would split and concatenate is never copied.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles: pixels, filters, warps and the most registers of a thread. The one whose filters leave the least over is taken.
-TILES: tuple[tuple[int, int, int, int | None], ...] = ((128, 128, 8, None), (128, 64, 8, 128))
+# Of a convolution's tile: pixels, filters, warps and the most registers of a thread.
+TILE: tuple[int, int, int, int | None] = (128, 64, 8, 128)
 # Channels of one step, and of images that are a multiple of the second alone.
 CHANNELS = (32, 16)
+# Of a pool's tile: pixels and channels.
+POOL_TILE = (64, 32)
 
 _SIZES = ["total", "height", "across", "rows", "columns", "kernel_columns", "taps", "stride", "top", "left"]
 
@@ -21,10 +27,12 @@ def _conv_relu(
     high,
     low,
     bias,
+    limit,
     out,
     channels,
     filters,
     pitch,
+    out_pitch,
     total,
     height,
     across,
@@ -67,8 +75,53 @@ def _conv_relu(
         # outside the tensor cores, which would cut the long sum off where this rounds it
         result += part
     result += tl.load(bias + f, mask=f < filters, other=0.0)[None, :]
-    to = out + m.to(tl.int64)[:, None] * filters + f[None, :]
-    tl.store(to, tl.maximum(result, 0.0), mask=(m < total)[:, None] & (f < filters)[None, :])
+    result = tl.maximum(result, tl.load(limit + f, mask=f < filters, other=0.0)[None, :])
+    to = out + m.to(tl.int64)[:, None] * out_pitch + f[None, :]
+    tl.store(to, result, mask=(m < total)[:, None] & (f < filters)[None, :])
+
+
+@triton.jit(do_not_specialize=["total", "height", "across", "rows", "columns", "stride", "edge"])
+def _pool(
+    x,
+    out,
+    channels,
+    pitch,
+    out_pitch,
+    total,
+    height,
+    across,
+    rows,
+    columns,
+    stride,
+    edge,
+    mean: tl.constexpr,
+    pixels: tl.constexpr,
+    wide: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    m = tl.program_id(0) * pixels + tl.arange(0, pixels)
+    c = tl.program_id(1) * wide + tl.arange(0, wide)
+    live = (m < total)[:, None] & (c < channels)[None, :]
+    place = m % (rows * columns)
+    y = place // columns * stride - edge
+    z = place % columns * stride - edge
+    image = x + (m // (rows * columns)).to(tl.int64) * height * across * pitch
+    count = tl.zeros((pixels,), tl.float32)
+    nothing = 0.0 if mean else float("-inf")
+    result = tl.full((pixels, wide), nothing, tl.float32)
+    for k in tl.static_range(9):
+        v = y + k // 3
+        u = z + k % 3
+        inside = (v >= 0) & (v < height) & (u >= 0) & (u < across)
+        pixel = (v * across + u) * pitch
+        a = tl.load(image[:, None] + pixel[:, None] + c[None, :], mask=inside[:, None] & live, other=nothing)
+        if mean:
+            result += a
+            count += inside.to(tl.float32)
+        else:
+            result = tl.maximum(result, a)
+    if mean:
+        result = tl.maximum(result / count[:, None], 0.0)
+    tl.store(out + m.to(tl.int64)[:, None] * out_pitch + c[None, :], result, mask=live)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,31 +135,43 @@ def fits(channels: int) -> bool:
     return channels % CHANNELS[-1] == 0
 
 
-def launch(
-    x: Tensor, high: Tensor, low: Tensor, bias: Tensor, kernel: list[int], stride: int, padding: list[int]
-) -> Tensor:
-    """Run the kernel; see :func:`conv_relu`."""
-    n, channels, height, across = x.shape
+def _side_by_side(x: Tensor) -> tuple[Tensor, int]:
+    """``x``, or a copy if it is no part or whole of a channels-last tensor, and how far apart its pixels lie."""
+    channels, height, across = x.shape[1:]
     pitch = x.stride(3)
-    # some of the channels of a channels-last tensor are read where they lie
-    if x.stride() != (height * across * pitch, 1, across * pitch, pitch):
-        x, pitch = x.contiguous(memory_format=torch.channels_last), channels
-    rows = (height + 2 * padding[0] - kernel[0]) // stride + 1
-    columns = (across + 2 * padding[1] - kernel[1]) // stride + 1
-    filters = len(bias)
-    out = x.new_empty((n, rows, columns, filters)).permute(0, 3, 1, 2)
+    if x.stride() == (height * across * pitch, 1, across * pitch, pitch):
+        return x, pitch
+    return x.contiguous(memory_format=torch.channels_last), channels
+
+
+def launch_conv_relu(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    kernel: list[int],
+    stride: int,
+    padding: list[int],
+    out: Tensor,
+) -> None:
+    """Run the kernel; see :func:`conv_relu`."""
+    x, pitch = _side_by_side(x)
+    channels, height, across = x.shape[1:]
+    n, filters, rows, columns = out.shape
     total = n * rows * columns
-    pixels, wide, warps, registers = min(TILES, key=lambda tile: triton.cdiv(filters, tile[1]) * tile[1])
+    pixels, wide, warps, registers = TILE
     with torch.cuda.device_of(x):
-        torch.library.wrap_triton(_conv_relu)[(triton.cdiv(total, pixels) * triton.cdiv(filters, wide),)](
+        _conv_relu[(triton.cdiv(total, pixels) * triton.cdiv(filters, wide),)](
             x,
-            high,
-            low,
+            weights[0],
+            weights[1],
             bias,
+            limit,
             out,
             channels,
             filters,
             pitch,
+            out.stride(3),
             total,
             height,
             across,
@@ -123,28 +188,88 @@ def launch(
             num_stages=3,
             maxnreg=registers,
         )
-    return out
 
 
-@torch.library.triton_op("o2mkd_bench::conv_relu", mutates_args={})
+@torch.library.custom_op("o2mkd_bench::conv_relu", mutates_args=("out",), device_types="cuda")
 def conv_relu(
-    x: Tensor, high: Tensor, low: Tensor, bias: Tensor, kernel: list[int], stride: int, padding: list[int]
-) -> Tensor:
-    """The positive part of a convolution plus ``bias``, to float32 rounding, on tensor cores by 3xTF32.
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    kernel: list[int],
+    stride: int,
+    padding: list[int],
+    out: Tensor,
+) -> None:
+    """A convolution plus ``bias``, at least ``limit``, to float32 rounding, on tensor cores by 3xTF32.
 
-    ``x``: (N, C, H, W) float32, C as :func:`fits` says, fastest where its channels lie side by side; ``high``, ``low``:
-    the :func:`halves` of the weights, (F, rows * columns * C) with channels last; ``bias``: (F,). ``kernel`` and
-    ``padding`` are rows, columns. The result is channels-last.
+    ``x``: (N, C, H, W) float32, C as :func:`fits` says, fastest where its channels lie side by side; ``weights``:
+    (2, F, rows * columns * C), the :func:`halves` of weights with channels last; ``bias``, ``limit``: (F,), zero for
+    ReLU and -inf for none. ``kernel`` and ``padding`` are rows, columns. ``out``: (N, F, H', W'), some or all of the
+    channels of a channels-last tensor.
     """
-    return launch(x, high, low, bias, kernel, stride, padding)
+    launch_conv_relu(x, weights, bias, limit, kernel, stride, padding, out)
 
 
 @conv_relu.register_kernel("cpu")
 def _conv_relu_cpu(
-    x: Tensor, high: Tensor, low: Tensor, bias: Tensor, kernel: list[int], stride: int, padding: list[int]
-) -> Tensor:
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    kernel: list[int],
+    stride: int,
+    padding: list[int],
+    out: Tensor,
+) -> None:
     coarse, rest = halves(x.contiguous())
-    weights = [half.view(len(half), *kernel, -1).permute(0, 3, 1, 2) for half in (high, low, high)]
+    high, low = weights.view(2, len(bias), *kernel, -1).permute(0, 1, 4, 2, 3)
     joined = torch.cat([coarse, coarse, rest], 1)
-    found = torch.nn.functional.conv2d(joined, torch.cat(weights, 1), bias, stride, padding)
-    return found.relu_().contiguous(memory_format=torch.channels_last)
+    found = torch.nn.functional.conv2d(joined, torch.cat([high, low, high], 1), bias, stride, padding)
+    torch.maximum(found, limit[:, None, None], out=found)
+    out.copy_(found)
+
+
+def launch_pool(x: Tensor, stride: int, padding: int, mean: bool, out: Tensor) -> None:
+    """Run the kernel; see :func:`pool`."""
+    x, pitch = _side_by_side(x)
+    height, across = x.shape[2:]
+    n, channels, rows, columns = out.shape
+    total = n * rows * columns
+    pixels, wide = POOL_TILE
+    with torch.cuda.device_of(x):
+        _pool[(triton.cdiv(total, pixels), triton.cdiv(channels, wide))](
+            x,
+            out,
+            channels,
+            pitch,
+            out.stride(3),
+            total,
+            height,
+            across,
+            rows,
+            columns,
+            stride,
+            padding,
+            mean=mean,
+            pixels=pixels,
+            wide=wide,
+        )
+
+
+@torch.library.custom_op("o2mkd_bench::pool", mutates_args=("out",), device_types="cuda")
+def pool(x: Tensor, stride: int, padding: int, mean: bool, out: Tensor) -> None:
+    """The largest of each 3x3 pixels, or the positive part of their ``mean``; those of the padding do not count.
+
+    ``x``: (N, C, H, W) float32, fastest where its channels lie side by side; ``out``: (N, C, H', W'), some or all of
+    the channels of a channels-last tensor.
+    """
+    launch_pool(x, stride, padding, mean, out)
+
+
+@pool.register_kernel("cpu")
+def _pool_cpu(x: Tensor, stride: int, padding: int, mean: bool, out: Tensor) -> None:
+    if mean:
+        out.copy_(torch.nn.functional.avg_pool2d(x, 3, stride, padding, count_include_pad=False).relu_())
+    else:
+        out.copy_(torch.nn.functional.max_pool2d(x, 3, stride, padding))

@@ -1,0 +1,135 @@
+"""Results made in parts, put together again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from results_factory import make
+
+from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.report.merge import merge
+from o2mkd_bench.report.tables import markdown
+from o2mkd_bench.report.write import copied, read, write
+
+
+def part(whole, keep, **changes):
+    """``whole`` with the cells that ``keep`` says, and the others missing."""
+    found = {**copy.deepcopy(whole), **changes}
+    for row in found["rows"]:
+        if not keep(row):
+            row |= {"status": "missing", "scores": {}, "speed": None, "probe": None, "samples": None}
+    return found
+
+
+@pytest.fixture
+def whole():
+    found = {**make(), "datasets": [], "networks": {}, "teachers": []}
+    for number, row in enumerate(found["rows"]):
+        row["cell"] = f"{number:020x}"
+    return found
+
+
+def test_the_parts_of_a_table_make_it(whole):
+    a = part(whole, lambda row: row["seed"] == 0, created="2026-01-01", git_commit="a" * 40)
+    b = part(whole, lambda row: row["seed"] != 0, created="2026-01-02", git_commit="b" * 40)
+    for one, other in ((a, b), (b, a)):
+        found = merge([one, other])
+        assert found["rows"] == whole["rows"]
+        assert (found["created"], found["git_commit"]) == ("2026-01-02", "b" * 40)
+        assert {(run["created"], run["rows"]) for run in found["runs"]} == {
+            (d["created"], sum(row["status"] == "done" for row in d["rows"])) for d in (a, b)
+        }
+    assert "made 2026-01-01 to 2026-01-02, in 2 runs, commits aaaaaaaaaaaa, bbbbbbbbbbbb" in markdown(found)
+    # a third part comes to what is merged, whose runs it keeps
+    again = merge([found, part(whole, lambda row: True, created="2026-01-03")])
+    assert again["rows"] == whole["rows"]
+    assert again["runs"] == found["runs"]
+
+
+def test_cells_of_other_grids_come_behind_in_their_order(whole):
+    first, second = copy.deepcopy(whole), copy.deepcopy(whole)
+    first["rows"], second["rows"] = first["rows"][:3], second["rows"][2:5]
+    second["axes"] = {**second["axes"], "sampler": [*second["axes"].get("sampler", []), "heun"]}
+    found = merge([first, second])
+    assert [row["cell"] for row in found["rows"]] == [row["cell"] for row in whole["rows"][:5]]
+    assert found["axes"]["sampler"][-1] == "heun"
+
+
+def test_what_one_run_lacks_of_a_cell_another_gives(whole):
+    a, b = copy.deepcopy(whole), copy.deepcopy(whole)
+    a["rows"][0] |= {"speed": None}
+    # its speed is not there: to that run the cell is not done
+    b["rows"][0] |= {"status": "missing", "scores": {}}
+    assert merge([a, b])["rows"] == whole["rows"]
+    assert merge([b, a])["rows"] == whole["rows"]
+    failed = part(whole, lambda row: False)
+    failed["rows"][0] |= {"status": "failed", "reason": "boom"}
+    assert merge([part(whole, lambda row: False), failed])["rows"][0]["reason"] == "boom"
+    assert merge([failed, whole])["rows"] == whole["rows"]
+
+
+def test_of_two_that_are_done_the_first_counts(whole):
+    other = copy.deepcopy(whole)
+    other["rows"][0]["scores"] = {"fd_digits": 0.0}
+    assert merge([whole, other])["rows"] == whole["rows"]
+    assert merge([other, whole])["rows"][0]["scores"] == {"fd_digits": 0.0}
+
+
+def test_what_is_known_of_metrics_and_references_is_kept(whole):
+    blank = part(whole, lambda row: False)
+    for entry in blank["metrics"]:
+        entry["protocol"] = None
+    for entry in blank["references"]:
+        entry["scores"] = {}
+    found = merge([blank, whole])
+    assert (found["metrics"], found["references"]) == (whole["metrics"], whole["references"])
+    late = {**copy.deepcopy(whole), "references": [{**whole["references"][0], "scores": {"more": 1.0}}]}
+    assert merge([whole, late])["references"][0]["scores"] == {**whole["references"][0]["scores"], "more": 1.0}
+
+
+def test_teachers_are_those_whose_score_is_known(whole):
+    told = {"dataset": "digits", "teacher": "small", "column": "fd_digits", "sampler": "ddim", "steps": 50, "seed": 0}
+    before, after = ({**whole, "teachers": [{**told, "found": found}]} for found in (None, 1.5))
+    for parts in ((before, after), (after, before)):
+        assert [entry["found"] for entry in merge(parts)["teachers"]] == [1.5]
+
+
+def test_what_does_not_belong_together_is_refused(whole):
+    with pytest.raises(UserError, match="suites quickstart and other are no parts"):
+        merge([{**whole, "suite": "quickstart"}, {**whole, "suite": "other"}])
+    entry = {"dataset": "digits", "plugin": "digits", "source": "here", "fingerprint": "1", "images": {"train": 3}}
+    with pytest.raises(UserError, match="dataset digits has another content in here and there"):
+        merge(
+            [
+                {**whole, "datasets": [entry]},
+                {**whole, "datasets": [{**entry, "source": "there", "fingerprint": "2"}]},
+            ]
+        )
+    other = copy.deepcopy(whole)
+    other["metrics"][0]["protocol"]["images"] = 7
+    with pytest.raises(UserError, match="two protocols"):
+        merge([whole, other])
+
+
+def test_pictures_come_along(whole, tmp_path: Path):
+    for row in whole["rows"]:
+        row["samples"] = f"samples/{row['cell']}.png"
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        write(part(whole, lambda row, seed=seed: row["seed"] == seed), folder)
+        (folder / "samples").mkdir()
+        for row in whole["rows"]:
+            if row["seed"] == seed:
+                (folder / row["samples"]).write_text(row["cell"])
+        folders.append(folder)
+    (folders[0] / "samples" / "other.png").write_text("named by no row")
+    found = merge([read(folder) for folder in folders])
+    # into one of its own parts
+    write(found, folders[1], copied(found, folders))
+    named = {row["samples"] for row in found["rows"] if row["samples"]}
+    assert {f"samples/{path.name}" for path in (folders[1] / "samples").iterdir()} == named
+    assert json.loads((folders[1] / "run.json").read_text())["runs"] == found["runs"]
