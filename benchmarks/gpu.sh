@@ -26,7 +26,9 @@ part() {
 cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$cache/inductor TRITON_CACHE_DIR=$cache/triton
-part "warm training" 170 "$python" benchmarks/training.py "${networks[@]}" --warm --parts ours_7 bound &
+for parts in ours_7 bound; do
+  part "warm training $parts" 170 "$python" benchmarks/training.py "${networks[@]}" --warm --parts $parts &
+done
 for parts in batch_256 "half_width batch_1" batch_1024; do
   part "warm ${parts// /-}" 170 "$python" benchmarks/sampling.py "${networks[@]}" --warm --parts $parts &
 done
@@ -35,6 +37,6 @@ wait
 
 rest="ceiling batch_256 half_width batch_1 batch_1024"
 part sampling 210 "$python" benchmarks/sampling.py "${networks[@]}" --parts $rest --json "$out/sampling.json"
-part training 110 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
+part training 140 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
 part scoring 160 "$python" benchmarks/scoring.py "${images[@]}" --json "$out/scoring.json"
 "$python" benchmarks/table.py "$out" | tee "$out/table.md"

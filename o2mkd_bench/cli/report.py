@@ -31,7 +31,7 @@ def report(
     what: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SUITE|DIR...", help="A suite, or the folder of its results; several are merged.", show_default=False
+            metavar="SUITE|DIR...", help="A suite, or a folder of its results; several merge.", show_default=False
         ),
     ],
     format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.table,

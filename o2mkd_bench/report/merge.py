@@ -11,6 +11,7 @@ from .lines import Results, Row, same_protocol
 # From the best: what one document knows of a cell that another has not reached.
 _STANDINGS = ("done", "failed", "unresolved", "missing")
 _HEAD = ("created", "machine", "versions", "git_commit")
+_EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 
 
 def merge(documents: Sequence[Results]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
         "networks": {key: value for d in reversed(documents) for key, value in d.get("networks", {}).items()},
         "metrics": _metrics(documents),
         "references": _references(documents),
-        "teachers": _first(documents, "teachers", ("dataset", "teacher", "column", "sampler", "steps", "seed"), "found"),
+        "teachers": _first(documents, "teachers", _EXPECTED, "found"),
         "rows": rows,
         "runs": [run for rank, document in enumerate(documents) for run in _runs(document, given[rank])],
     }

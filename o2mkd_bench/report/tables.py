@@ -129,8 +129,8 @@ def markdown(results: Results) -> str:
 
 
 def _made(results: Results) -> list[str]:
-    runs = results.get("runs") or [results]
-    dates = sorted(run["created"] for run in runs if run.get("created"))
+    runs = sorted(results.get("runs") or [results], key=lambda run: run.get("created") or "")
+    dates = [run["created"] for run in runs if run.get("created")]
     commits = dict.fromkeys(str(run["git_commit"])[:12] for run in runs if run.get("git_commit"))
     said = [f"made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"] if dates else []
     said += [f"in {len(runs)} runs"] if len(runs) > 1 else []
