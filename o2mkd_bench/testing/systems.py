@@ -39,11 +39,14 @@ UNET: dict[str, Any] = {
 
 
 def build(root: Path) -> None:
-    """Write everything below ``root``: ``lsun``, ``celebahq``, four teachers and the weights of a feature network."""
+    """Write everything below ``root``: the data, teachers and feature networks of all smoke suites."""
+    from . import tiny_sd
+
     lsun(root / "lsun")
     celebahq(root / "celebahq")
     for seed, name in enumerate(("church", "ema-church", "celebahq", "ema-celebahq")):
         teacher(root / f"ddpm-{name}-256", seed)
+    tiny_sd.build(root)
     features(root / "features.safetensors")
 
 

@@ -1,10 +1,9 @@
-"""A tiny MS-COCO and a tiny Stable Diffusion as the real ones are: python -m o2mkd_bench.testing.tiny_sd DIR."""
+"""A tiny MS-COCO, Stable Diffusion and CLIP, in the formats of the real ones."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +57,10 @@ SCHEDULER: dict[str, Any] = {
 
 
 def build(root: Path) -> None:
-    """Write everything below ``root``: ``coco``, ``stable-diffusion``, ``clip``, and weights of a feature network."""
-    from .systems import features
-
+    """Write ``coco``, ``stable-diffusion`` and ``clip`` below ``root``."""
     coco(root / "coco")
     pipeline(root / "stable-diffusion")
     clip(root / "clip")
-    features(root / "features.safetensors")
 
 
 def coco(root: Path) -> None:
@@ -167,9 +163,3 @@ def clip(folder: Path) -> None:
         torch.manual_seed(1)
         model = package.CLIPModel(package.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     model.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m o2mkd_bench.testing.tiny_sd DIR")
-    build(Path(sys.argv[1]))
