@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from o2mkd_bench.core import checkpoints
-from o2mkd_bench.core.checkpoints import HubRef, download_hub, read_checkpoint, resolve_hub, weight_files
+from o2mkd_bench.core.checkpoints import PICKLED, HubRef, download_hub, read_checkpoint, resolve_hub, weight_files
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.plugins import BUILTIN, Registry
@@ -195,10 +195,49 @@ def test_folders_without_what_is_needed_are_refused(pipeline, tmp_path):
         read_checkpoint(pipeline, "t")
 
 
-def test_pickled_weights_are_never_read(pipeline):
-    (pipeline / "unet" / WEIGHTS).rename(pipeline / "unet" / "diffusion_pytorch_model.bin")
+def pickled(pipeline, saved):
+    """A pipeline with ``saved`` in place of its weights."""
+    (pipeline / "unet" / WEIGHTS).unlink(missing_ok=True)
+    torch.save(saved, pipeline / "unet" / PICKLED)
+    return pipeline
+
+
+def test_weights_from_before_safetensors_are_read_as_tensors_alone(pipeline, network):
+    found = read_checkpoint(pickled(pipeline, network.state_dict()), "t")
+    assert found.weights == (pipeline / "unet" / PICKLED,)
+    assert same(load_checkpoint(found, FAMILY), network)
+    other = {name: value + 1 for name, value in network.state_dict().items()}
+    assert read_checkpoint(pickled(pipeline, other), "t").hash != found.hash
+
+
+class Runs:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("saved", ["code", "module", "nested", "cut"])
+def test_what_is_not_weights_alone_is_refused_and_not_run(pipeline, network, tmp_path, saved):
+    things = {"code": {"w": Runs(tmp_path / "ran")}, "module": network, "nested": {"state": network.state_dict()}}
+    place = pickled(pipeline, things.get(saved, {})) / "unet" / PICKLED
+    if saved == "cut":
+        place.write_bytes(place.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"model\.bin (cannot be read as|holds more than).*safe_serialization") as error:
+        load_checkpoint(read_checkpoint(pipeline, "t"), FAMILY)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_safetensors_come_before_pickles(pipeline):
+    torch.save({}, pipeline / "unet" / PICKLED)
+    assert read_checkpoint(pipeline, "t").weights == (pipeline / "unet" / WEIGHTS,)
+    (pipeline / "unet" / WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"only pickled weights \(diffusion_pytorch_model\.bin\); convert them"):
-        read_checkpoint(pipeline, "t")
+        weight_files(pipeline / "unet", "t")
 
 
 def test_weight_files_are_found_or_refused(tmp_path):
@@ -297,6 +336,9 @@ def test_a_download_asks_for_configs_and_safetensors_only(hub, tmp_path, monkeyp
             *("README.md", "unet/diffusion_pytorch_model.bin", "text_encoder/model.safetensors", "run.py"),
         ]
         asked["files"] = list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns))
+        for name in asked["files"]:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -306,6 +348,23 @@ def test_a_download_asks_for_configs_and_safetensors_only(hub, tmp_path, monkeyp
         "revision": "v1",
         "files": ["model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"],
     }
+
+
+def test_a_repository_of_pickles_alone_gives_those(hub, pipeline, network, tmp_path, monkeypatch):
+    source, snapshot = pickled(pipeline, network.state_dict()), tmp_path / "snapshot"
+    names = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append(list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)))
+        for name in asked[-1]:
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert same(load_checkpoint(read_checkpoint(download_hub("acme/old"), "t"), FAMILY), network)
+    assert [f"unet/{PICKLED}" in files for files in asked] == [False, True]
 
 
 def test_a_download_that_fails_says_how_to_mend_it(hub, monkeypatch):

@@ -17,6 +17,8 @@ from .schedule import NoiseSchedule, Prediction
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLED = "diffusion_pytorch_model.bin"
+"""Weights from before safetensors; the engine reads the tensors in them and runs nothing else."""
 CODEC = ("vae", "text_encoder", "tokenizer")
 """The parts that make a pipeline one of latents and text; what else Stable Diffusion's has, no image needs."""
 SCHEDULER = "scheduler_config.json"
@@ -49,7 +51,7 @@ class Checkpoint:
         model: ``config.json`` without diffusers' private notes, ``_class_name`` kept.
         scheduler: ``scheduler_config.json`` likewise.
         schedule, prediction: what ``scheduler`` means.
-        weights: safetensors files, which together hold every tensor once.
+        weights: safetensors files, which together hold every tensor once, or one of the name ``PICKLED``.
         hash: of everything that decides what the network computes: config, schedule, prediction type, weights.
         codec: for a network that works on latents, the files of what stands between them and pixels, and between
             captions and conditions, by name below the pipeline; else none.
@@ -95,7 +97,7 @@ def read_checkpoint(
     without one. ``cache``: where content hashes are remembered.
 
     Raises:
-        UserError: when something is missing or of a kind that cannot be run; weights in pickles are never read.
+        UserError: when something is missing or of a kind that cannot be run.
     """
     if not path.is_dir():
         raise UserError(f"{where}: there is no folder {path}; give the path of a diffusers pipeline or network")
@@ -114,7 +116,7 @@ def read_checkpoint(
     scheduler = _scheduler(path, folder, schedule, learned, where)
     noise = NoiseSchedule.from_scheduler_config(scheduler, where)
     prediction = scheduler.get("prediction_type", "epsilon")
-    weights = weight_files(folder, where)
+    weights = weight_files(folder, where, pickled=True)
     facts = {
         "model": model,
         "schedule": noise.scheduler_config(),
@@ -154,8 +156,10 @@ def codec_files(path: Path, where: str) -> dict[str, Path]:
     return found
 
 
-def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
+def weight_files(folder: Path, where: str, pickled: bool = False) -> tuple[Path, ...]:
     """The safetensors files of a network's folder: the shards of its index, else the one file.
+
+    ``pickled``: where there are none, the file ``PICKLED`` will do.
 
     Raises:
         UserError: when there are none, several that no index joins, or a shard is missing.
@@ -169,6 +173,8 @@ def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
         found = [folder / WEIGHTS]
     else:
         found = sorted(folder.glob("*.safetensors"))
+    if not found and pickled and (folder / PICKLED).is_file():
+        found = [folder / PICKLED]
     if not found:
         others = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")]
         mend = "convert them to safetensors (diffusers: save_pretrained with safe_serialization=True)"
@@ -205,6 +211,8 @@ def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
 def download_hub(repo: str, revision: str | None = None) -> Path:
     """The local snapshot of ``repo``, downloaded when the cache has not all of it; configs and safetensors only.
 
+    A repository without safetensors gives its ``PICKLED`` weights.
+
     Raises:
         UserError: when it is not cached and cannot be fetched.
     """
@@ -217,6 +225,9 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     wanted = ["model_index.json", *names, SCHEDULER, *parts, f"scheduler/{SCHEDULER}"]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if not any(_has_weights(folder / part) for part in (*DENOISERS, "")):
+            wanted += [PICKLED, *(f"{part}/{PICKLED}" for part in DENOISERS)]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         if _is_latent(folder, repo):
             # of several precisions the one without a variant in its name
             codec = ["*/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors", "tokenizer/*"]
@@ -235,7 +246,7 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
 
 def _has_weights(folder: Path) -> bool:
     try:
-        return bool(weight_files(folder, "cache"))
+        return bool(weight_files(folder, "cache", pickled=True))
     except UserError:
         return False
 

@@ -1,7 +1,8 @@
-"""Weights on disk: safetensors, loaded strictly, so that a half-loaded network cannot exist."""
+"""Weights on disk: loaded strictly, so that a half-loaded network cannot exist; written as safetensors alone."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.checkpoints import Checkpoint
+from ..core.checkpoints import PICKLED, Checkpoint
 from ..core.errors import UserError
 from ..core.models import ModelFamily
 
@@ -35,13 +36,15 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: Path, dtype: t
 def read_weights(paths: Path | Sequence[Path]) -> dict[str, Tensor]:
     """The tensors of one or several files as they are stored, on the CPU.
 
+    Of a file named ``PICKLED`` nothing but tensors is read, and no code in it is run.
+
     Raises:
         UserError: for a file that is missing or no safetensors, or a tensor that two files hold.
     """
     state: dict[str, Tensor] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
-            shard = load_file(path)
+            shard = _unpickled(path) if path.name == PICKLED else load_file(path)
         except FileNotFoundError:
             raise UserError(f"the weights {path} are missing; put them there") from None
         except (OSError, SafetensorError) as error:
@@ -50,6 +53,27 @@ def read_weights(paths: Path | Sequence[Path]) -> dict[str, Tensor]:
             raise UserError(f"{path} holds {_some(twice)}, which another shard holds too; save the weights again")
         state |= shard
     return state
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch has saved.
+
+    Raises:
+        UserError: for whatever else. FileNotFoundError: when it is not there.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    # torch's own errors are pages of advice, among it to load the file unsafely
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as weights alone ({type(error).__name__}); {_CONVERT}") from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and type(v) is Tensor for k, v in found.items()):
+        raise UserError(f"{path} holds more than named tensors; {_CONVERT}")
+    return found
+
+
+_CONVERT = "save the network anew with diffusers' save_pretrained(safe_serialization=True)"
 
 
 def load_weights(network: nn.Module, paths: Path | Sequence[Path], names: Mapping[str, str] | None = None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,19 @@ class ClipScore(Metric):
     """The mean cosine of the embeddings of image i and of its caption, neither clipped at 0 nor times 100."""
 
     options: ClipOptions
-    _embed: Callable[[Sequence[str]], Tensor]
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return Clip(clip_folder(self.options, self.base) or _download(self.options.network))
 
     def layers(self) -> tuple[str, ...]:
         return ("image",)
 
     def load(self, layers: Sequence[str]) -> FeatureNetwork:
-        folder = clip_folder(self.options, self.base) or _download(self.options.network)
-        model, self._embed = _opened(folder)
         name = f"clip:{self.options.network}"
-        extractor = ClipExtractor(name, list(layers), model)
-        resize = f"bicubic {extractor.size}"
-        return FeatureNetwork(name, file_sha256(folder / CLIP_WEIGHTS), extractor, 3, resize, width=None)
+        extractor = ClipExtractor(name, list(layers), self._clip.model)
+        sha256, resize = file_sha256(self._clip.folder / CLIP_WEIGHTS), f"bicubic {extractor.size}"
+        return FeatureNetwork(name, sha256, extractor, 3, resize, width=None)
 
     def compute(self, generated: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
         """Raises UserError for images that were drawn from no captions."""
@@ -46,7 +48,7 @@ class ClipScore(Metric):
             raise UserError(f"metrics.clip_score: {len(images)} images have {len(self.captions)} captions")
         unique = list(dict.fromkeys(self.captions))
         place = {caption: number for number, caption in enumerate(unique)}
-        texts = self._embed(unique).double()[[place[caption] for caption in self.captions]]
+        texts = self._clip.embed(unique).double()[[place[caption] for caption in self.captions]]
         cosine = nn.functional.cosine_similarity(images, texts)
         return dict(zip(clip_columns(self.options, self.dataset), [float(cosine.mean())], strict=True))
 
@@ -82,27 +84,34 @@ class ClipExtractor(FeatureExtractorBase):
         return (self.model.visual_projection(vision.pooler_output),)
 
 
-def _opened(folder: Path) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
-    """The model in a folder of transformers, and its text tower as a function of captions, (N, D) on the CPU."""
-    try:
-        package = transformers()
-        model = opened(package.CLIPModel, folder)
-        tokenizer = package.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (UserError, OSError, ValueError) as error:
-        raise NetworkUnavailable(f"the CLIP of clip_score: {error}") from error
-    length = model.config.text_config.max_position_embeddings
+class Clip:
+    """Both towers of a CLIP in a folder of transformers.
 
-    def embed(captions: Sequence[str]) -> Tensor:
-        found = []
-        with torch.inference_mode():
-            for start in range(0, len(captions), BATCH):
-                some = list(captions[start : start + BATCH])
-                tokens = tokenizer(some, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-                states = model.text_model(**tokens.to(model.device))
-                found.append(model.text_projection(states.pooler_output).float().cpu())
+    Raises:
+        NetworkUnavailable: when it cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            package = transformers()
+            self.model = opened(package.CLIPModel, folder)
+            self._tokenizer = package.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (UserError, OSError, ValueError) as error:
+            raise NetworkUnavailable(f"the CLIP of clip_score: {error}") from error
+
+    @torch.inference_mode()
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings of ``captions``, cut at the network's length, float32 (N, D) on the CPU."""
+        length, found = self.model.config.text_config.max_position_embeddings, []
+        for start in range(0, len(captions), BATCH):
+            some = list(captions[start : start + BATCH])
+            tokens = self._tokenizer(
+                some, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            states = self.model.text_model(**tokens.to(self.model.device))
+            found.append(self.model.text_projection(states.pooler_output).float().cpu())
         return torch.cat(found)
-
-    return model, embed
 
 
 def _download(repo: str) -> Path:
