@@ -82,6 +82,8 @@ def run_session(
     from .stages.bench import Bench
 
     bench = Bench(session.store, session.machine.device, observer, session.registry, session.machine.mode)
+    if bench.device.startswith("cuda"):
+        check_memory(session)
     walk = Walk(session.plan, bench, fail_fast)
     if rebuild_changed:
         discard_changed(session)
@@ -91,6 +93,20 @@ def run_session(
     results = mended(walk, lambda: report(session, out))
     observer(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
     return results
+
+
+def check_memory(session: Session) -> None:
+    """Whether the device holds each stage that is still to be made.
+
+    Raises:
+        UserError: when it does not, naming the key to change.
+    """
+    from .core.status import Survey
+    from .stages.cohort import free_memory
+    from .stages.memory import Memory, check
+
+    missing = Survey(session.plan, session.store).missing().values()
+    check(missing, Memory(session.plan, session.registry), free_memory(session.machine.device))
 
 
 def settled(session: Session, walk: Walk) -> Session:

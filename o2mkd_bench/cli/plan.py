@@ -1,4 +1,4 @@
-"""What a suite would do, and how far it is. Nothing is computed, and torch is not imported."""
+"""What a suite would do, and how far it is. Nothing is computed, and torch is imported for ``--memory`` alone."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def plan(
     device: Device = None,
     store: StoreDir = None,
     stages: Annotated[bool, typer.Option("--stages", help="List the stages one by one.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Reckon the GPU memory of each stage; needs torch.")] = False,
     json: Json = False,
 ) -> None:
     """Show the cells of a suite, the stages they share, and which of these are in the store.
@@ -64,6 +65,8 @@ def plan(
     standings = survey.standings()
     _print_headline(session, f"{counted(len(session.plan.stages), 'stage')}, {len(missing) or 'none'} to make")
     out.print(_stage_list(session.plan, survey, missing) if stages else _kinds(session.plan, survey, missing))
+    if memory:
+        out.print(_memory(session))
     _print_cells(session.plan, [(standing, _outlook(session.plan, standing, missing)) for standing in standings])
     _print_reasons([standing for standing in standings if standing.cell.unresolved or standing.cell.refused])
 
@@ -125,6 +128,22 @@ def _stage_list(plan: Plan, survey: Survey, missing: Mapping[str, Stage]) -> Tab
     for name, stage in plan.stages.items():
         state = _state(name, survey, missing)
         table.add_row(name[:length], stage.kind, stage.label, styled(state, _SHADE[state]))
+    return table
+
+
+def _memory(session: Session) -> Table:
+    """GB at the peak, and of these weights, moments and averages: a row for all stages of a kind that take the same."""
+    from ..stages.memory import Memory
+
+    table = grid("stage", "first of them", "all", "resident GB", "peak GB", right=("all", "resident GB", "peak GB"))
+    memory, rows = Memory(session.plan, session.registry), dict[tuple[str, ...], list[str]]()
+    for stage in session.plan.stages.values():
+        estimate = memory.of(stage)
+        if estimate is not None:
+            told = (stage.kind, f"{estimate.resident / 1e9:.2f}", f"{estimate.total / 1e9:.2f}")
+            rows.setdefault(told, []).append(stage.label)
+    for (kind, resident, total), labels in rows.items():
+        table.add_row(kind, labels[0], str(len(labels)), resident, total)
     return table
 
 
