@@ -20,7 +20,7 @@ from o2mkd_bench.core.checkpoints import download_hub, read_checkpoint, resolve_
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.engine.cost import network_cost
 from o2mkd_bench.engine.taps import Taps, resolve
-from o2mkd_bench.engine.weights import load_checkpoint
+from o2mkd_bench.engine.weights import load_checkpoint, load_weights, save_weights
 from o2mkd_plugins.models.dit import CLASS_NAME, DEFAULTS, OLD_KEYS, OLD_NAME, DiT, complete
 from o2mkd_plugins.models.options import DiTOptions
 
@@ -64,6 +64,23 @@ def test_keys_of_the_old_class_alone_are_known():
     signature = inspect.signature(Transformer2DModel.__init__).parameters
     ours = {name: p.default for name, p in signature.items() if name not in DEFAULTS and name != "self"}
     assert {name: OLD_KEYS[name] for name in ours} == ours
+
+
+def test_a_student_of_fewer_blocks_starts_from_those_it_stands_for(tmp_path):
+    teacher = drawn(tiny(num_layers=5))
+    config = FAMILY.student_config(tiny(num_layers=5), {"blocks": 2}, "s")
+    FAMILY.check_start(tiny(num_layers=5), config, "s")
+    student = FAMILY.build(config)
+    save_weights(teacher, tmp_path / "teacher.safetensors")
+    load_weights(student, tmp_path / "teacher.safetensors", FAMILY.inherited(student, tiny(num_layers=5)))
+    ours, theirs = student.transformer_blocks, teacher.transformer_blocks
+    # ceil((i + 1) * 5 / 2) - 1
+    for block, its in enumerate((2, 4)):
+        assert torch.equal(ours[block].ff.net[0].proj.weight, theirs[its].ff.net[0].proj.weight)
+    assert torch.equal(student.proj_out_2.weight, teacher.proj_out_2.weight)
+    for other in (tiny(num_layers=6), tiny(num_layers=5, num_attention_heads=4)):
+        with pytest.raises(UserError, match=r"s\.init: a student of other blocks"):
+            FAMILY.check_start(tiny(num_layers=5), other, "s")
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,10 @@ def test_roles_name_modules_whose_first_tensor_is_the_feature():
 def test_a_network_without_a_middle_block_has_no_such_role():
     network = FAMILY.build(tiny() | {"mid_block_type": None})
     assert "mid" not in FAMILY.roles(network)
+
+
+def test_a_student_of_its_teachers_shape_starts_from_it_whatever_a_published_config_leaves_out():
+    whole = FAMILY.student_config(CIFAR, {}, "s")
+    FAMILY.check_start(CIFAR, whole, "s")
+    with pytest.raises(UserError, match=r"s\.init: a student of another shape"):
+        FAMILY.check_start(CIFAR, FAMILY.student_config(whole, {"width": 0.5}, "s"), "s")

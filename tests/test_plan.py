@@ -491,7 +491,7 @@ def test_rounds_that_cannot_be_are_refused(plan):
         (
             {"wrappers": [{"o2mkd": {"init": "teacher"}}]},
             UserError,
-            r"students\.half: wrappers\.o2mkd\(init=teacher\)\.init: .*another shape.*weights of teacher; use init",
+            r"students\.half: wrappers\.o2mkd\(init=teacher\)\.init: .*another shape.*weights of its teacher; use init",
         ),
         (
             {"wrappers": [{"o2mkd": {"intervals": "unifrom"}}]},

@@ -171,7 +171,9 @@ def test_other_channels_have_no_place_for_the_teachers_weights() -> None:
     with pytest.raises(UserError, match="no place for its teacher's weights"):
         FAMILY.check_start(SD, FAMILY.student_config(SD, {"width": 0.5}, "s"), "s")
     with pytest.raises(UserError, match="cannot start from the weights"):
-        ModelFamily.check_start(FAMILY, {"a": 1}, {"a": 2}, "s")
+        ModelFamily.check_start(FAMILY, SD, FAMILY.student_config(SD, {"width": 0.5}, "s"), "s")
+    # SD leaves out keys that its student's config says
+    ModelFamily.check_start(FAMILY, SD, FAMILY.student_config(SD, {}, "s"), "s")
 
 
 def test_another_class_is_refused() -> None:

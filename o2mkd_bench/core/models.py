@@ -80,8 +80,13 @@ class ModelFamily(ABC):
         Raises:
             UserError: naming ``where``, when it cannot.
         """
-        if {**teacher, "dropout": 0} != {**student, "dropout": 0}:
-            raise UserError(f"{where}: a student of another shape cannot start from the weights of its teacher")
+        # a published config.json leaves out what a student's config says
+        whole = self.student_config(teacher, {}, where)
+        if {**whole, "dropout": 0} != {**student, "dropout": 0}:
+            raise UserError(
+                f"{where}.init: a student of another shape cannot start from the weights of its teacher; use init: "
+                "scratch, or give it width 1"
+            )
 
     def inherited(self, network: nn.Module, teacher: Mapping[str, Any]) -> dict[str, str] | None:
         """For each tensor of a student's ``network``, by name, that of its teacher's which it starts from.

@@ -156,7 +156,7 @@ class Trainer:
 
     def _measured(self, recipe: Recipe, asked: list[str], students: int, warmup: Job) -> Sequence[int]:
         """Edges by the error over t of the student that ``warmup`` makes; their stage is added to ``asked``."""
-        config = self._config(recipe, warmup, {"teacher": recipe.teacher.config})
+        config = self._config(recipe, warmup, {})
         label = f"{recipe.tag} {warmup.role} seed {recipe.seed}"
         start = self.plan.add(self._job(recipe, warmup, config, label, None))
         spec = {
@@ -211,7 +211,7 @@ class Trainer:
     def train(self, recipe: Recipe, jobs: tuple[Job, ...]) -> Trained:
         """Stages for ``jobs``; the artifacts that serve each interval, in order of the intervals."""
         by_role: dict[str, str] = {}
-        configs: dict[str, Mapping[str, Any]] = {"teacher": recipe.teacher.config}
+        configs: dict[str, Mapping[str, Any]] = {}
         for job in jobs:
             configs[job.role] = self._config(recipe, job, configs)
             label = f"{recipe.tag} {job.role}" if len(jobs) > 1 else recipe.tag
@@ -232,9 +232,10 @@ class Trainer:
         teacher = recipe.teacher
         config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
         before = configs.get(job.start)
-        if self._origin(recipe, job) == "teacher" and recipe.student.init == "teacher":
+        if self._origin(recipe, job) == "teacher":
+            asked = where if recipe.student.init == "teacher" else f"{where}: wrappers.{recipe.wrapper.label}"
             # refused now, not when the teacher is there
-            teacher.family.load()().check_start(teacher.config, config, where)
+            teacher.family.load()().check_start(teacher.config, config, asked)
         # dropout has no weights
         elif before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(

@@ -164,6 +164,25 @@ class DiT(ModelFamily):
         blocks = {f"block.{i}": i for i in range(depth)} | places
         return {role: f"transformer_blocks.{i}.feature" for role, i in blocks.items()}
 
+    def check_start(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> None:
+        """A student may have fewer blocks; all else is its teacher's.
+
+        Raises:
+            UserError: naming ``where``, when it is not.
+        """
+        ours, theirs = complete(student, where), complete(teacher, where)
+        same = [key for key in DEFAULTS if key not in ("num_layers", "dropout")]
+        if ours["num_layers"] > theirs["num_layers"] or any(ours[key] != theirs[key] for key in same):
+            raise UserError(
+                f"{where}.init: a student of other blocks has no place for its teacher's weights; give it width 1 and "
+                "at most as many blocks, or init: scratch"
+            )
+
+    def inherited(self, network: nn.Module, teacher: Mapping[str, Any]) -> dict[str, str]:
+        """Each block takes the last of the teacher's blocks that it stands for: roles mean the same in both."""
+        ours, theirs = len(cast(Any, network).transformer_blocks), complete(teacher, CLASS_NAME)["num_layers"]
+        return {name: _source(name, ours, theirs) for name in network.state_dict()}
+
     def checkpoint_activations(self, network: nn.Module) -> None:
         """Every block computes its activations again in the backward pass."""
         cast(Any, network).enable_gradient_checkpointing()
@@ -195,6 +214,14 @@ def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if full["out_channels"] is None:
         full["out_channels"] = full["in_channels"]
     return full
+
+
+def _source(name: str, ours: int, theirs: int) -> str:
+    """The teacher's name of a student's tensor."""
+    parts = name.split(".")
+    if parts[0] == "transformer_blocks":
+        parts[1] = str(math.ceil((int(parts[1]) + 1) * theirs / ours) - 1)
+    return ".".join(parts)
 
 
 def _show(block: Any, inputs: Any, output: Tensor) -> None:
