@@ -47,10 +47,6 @@ def export(session: Session, cell: Cell, folder: Path, dtype: Dtype = "fp32") ->
     check_free(folder)
     if reason := unfinished(session, cell):
         raise UserError(f"{reason}; run its suite first")
-    if "prompts" in session.plan.stages[cell.samples].needs:
-        raise UserError(
-            f"cell {cell.identity[:8]} draws from text, which the exported pipeline does not; use its store"
-        )
     text = card(session, cell, folder.name, dtype)
     with guarded(folder.parent, "the folder", "name another DIR"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +97,7 @@ def assemble(session: Session, cell: Cell, dtype: Dtype = "fp32") -> O2MKDPipeli
     from .engine.weights import narrow
     from .pipeline import O2MKDDenoiser, O2MKDPipeline, O2MKDScheduler
     from .stages.bench import Bench
+    from .stages.latents import open_codec
     from .stages.samples import solver
 
     stage = session.plan.stages[cell.samples]
@@ -124,7 +121,12 @@ def assemble(session: Session, cell: Cell, dtype: Dtype = "fp32") -> O2MKDPipeli
         start=program.start,
         **schedule.scheduler_config(),
     )
-    return O2MKDPipeline(denoiser, scheduler)
+    if "codec" not in stage.needs:
+        return O2MKDPipeline(denoiser, scheduler)
+    parts = dict(open_codec(bench, stage).parts())
+    for name in ("vae", "text_encoder"):
+        parts[name] = narrow(parts[name], DTYPES[dtype], f"{name} of {stage.label}")
+    return O2MKDPipeline(denoiser, scheduler, **parts, guidance_scale=spec.get("guidance"))
 
 
 def check_alike(network: nn.Module, family: ModelFamily, shape: Sequence[int], label: str) -> None:
@@ -139,15 +141,19 @@ def check_alike(network: nn.Module, family: ModelFamily, shape: Sequence[int], l
         )
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     t = torch.zeros(1, dtype=torch.int64)
+    followed = family.condition_shape(network)
+    condition = None if followed is None else torch.zeros(1, *followed)
+    told = {} if condition is None else {"encoder_hidden_states": condition}
     with torch.no_grad():
-        expected = family.forward(network, x, t)
+        expected = family.forward(network, x, t, condition)
         try:
-            alike = torch.allclose(network(x, t, return_dict=False)[0], expected, atol=1e-5)
+            alike = torch.allclose(network(x, t, **told, return_dict=False)[0], expected, atol=1e-5)
         except Exception:  # whatever a network raises that wants more than it was given
             alike = False
     if not alike:
         raise UserError(
-            f"{label} is a {name} that is called with more than an image and a timestep; only others are exported"
+            f"{label} is a {name} that is called with more than an image, a timestep and a text; only others are "
+            "exported"
         )
 
 
@@ -179,13 +185,15 @@ def card(session: Session, cell: Cell, name: str, dtype: Dtype) -> str:
     made_by = f"o2mkd-bench {importlib.metadata.version('o2mkd-bench')}"
     if results["git_commit"]:
         made_by += f" (commit {results['git_commit']})"
+    text = "codec" in session.plan.stages[cell.samples].needs
     parts = [
-        "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\n"
+        f"---\nlibrary_name: diffusers\npipeline_tag: {'text-to' if text else 'unconditional'}-image"
+        f"{'' if text else '-generation'}\n"
         "tags:\n- knowledge-distillation\n- o2mkd-bench\n---",
         f"# {markdown_text(name)}",
         _summary(row),
         "## How to open it",
-        *_opening(name, dtype),
+        *_opening(name, dtype, 'prompt=["a photo of a church", "a photo of a cat"]' if text else "batch_size=4"),
         "## What it is",
         _grid(("", ""), _facts(row, dtype)),
         _grid(
@@ -211,7 +219,7 @@ def _summary(row: Mapping[str, Any]) -> str:
     return f"{what} distilled from the diffusion model `{teacher}` on `{data}` by `{by}`. {draws}"
 
 
-def _opening(name: str, dtype: Dtype) -> list[str]:
+def _opening(name: str, dtype: Dtype, asked: str) -> list[str]:
     kinds = {"fp32": "", "bf16": ".to(torch.bfloat16)", "fp16": ".to(torch.float16)"}
     needs = "" if dtype == "fp32" else "import torch\n"
     return [
@@ -220,11 +228,11 @@ def _opening(name: str, dtype: Dtype) -> list[str]:
         f"```python\n{needs}from diffusers import DiffusionPipeline\n\nfolder = {json.dumps(name)}\n"
         "pipeline = DiffusionPipeline.from_pretrained(\n"
         f"    folder, custom_pipeline=folder, trust_remote_code=True\n){kinds[dtype]}\n"
-        "images = pipeline(batch_size=4).images\n```",
+        f"images = pipeline({asked}).images\n```",
         "With o2mkd-bench installed, no code of this folder is run:",
         f"```python\n{needs}from o2mkd_bench.pipeline import O2MKDPipeline\n\n"
         f"pipeline = O2MKDPipeline.from_pretrained({json.dumps(name)}){kinds[dtype]}\n"
-        "images = pipeline(batch_size=4).images\n```",
+        f"images = pipeline({asked}).images\n```",
         '`pipeline.push_to_hub("owner/name")` uploads it with this card.',
     ]
 
@@ -247,6 +255,7 @@ def _facts(row: Mapping[str, Any], dtype: Dtype) -> list[tuple[str, str]]:
         "network evaluations an image": row["nfe"],
         "parameters": f"{si(row.get('params_total'))}, active at once {si(row.get('params_active'))}",
         "MACs an image": si(row.get("macs_per_image")),
+        "guidance": row.get("guidance"),
         "weights": f"{row['weights']}, stored as {dtype}; scored in {row['precision']}",
         "seed": row["seed"],
         "images a second": f"{si(speed['images_per_second'])} on {speed.get('device')}" if speed else "",

@@ -260,11 +260,27 @@ class O2MKDPipeline(DiffusionPipeline):
     What is written by :meth:`save_pretrained` or :meth:`push_to_hub` brings this file and the model card along.
     """
 
-    model_cpu_offload_seq = "denoiser"  # type: ignore[assignment]
+    model_cpu_offload_seq = "text_encoder->denoiser->vae"  # type: ignore[assignment]
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers' own attribute
 
-    def __init__(self, denoiser: O2MKDDenoiser, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        denoiser: O2MKDDenoiser,
+        scheduler: SchedulerMixin,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        guidance_scale: float | None = None,
+    ) -> None:
+        """``vae``, ``text_encoder``, ``tokenizer``: for denoisers of latents that follow text all of them, else none.
+
+        ``guidance_scale``: of classifier-free guidance, where a call does not say another.
+        """
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+        self.register_modules(
+            denoiser=denoiser, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(guidance_scale=guidance_scale)
 
     @torch.no_grad()
     def __call__(
@@ -273,20 +289,32 @@ class O2MKDPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images. States stay float32 whatever the dtype of the denoiser.
 
         Args:
-            batch_size: how many; the number of ``latents``, where those are given.
+            batch_size: how many; the number of prompts, or of ``latents``, where those are given.
             num_inference_steps: for a scheduler that asks for it; the solver exported here has its own number.
             generator: draws the noise; one for all images, or one an image.
             latents: the initial noise, standard normal (B, C, H, W).
+            prompt: one text an image, for a pipeline with a text encoder, and for no other.
+            guidance_scale: g of e_u + g (e_c - e_u); with 1 the text alone is asked.
             output_type: ``pil``; ``np`` for float32 (B, H, W, C); ``pt`` for float32 (B, C, H, W), both in [0, 1].
             return_dict: False for a tuple in place of an ``ImagePipelineOutput``.
+
+        Raises:
+            ValueError: for a prompt without a text encoder, or the other way round.
         """
         device = self._execution_device
+        guidance = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
+        passes = 1 if guidance in (None, 1) else 2
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        follow = self._follow(texts, passes, device)
+        batch_size = batch_size if texts is None else len(texts)
         self.scheduler.set_timesteps(num_inference_steps)
         x = latents
         if x is None:
@@ -298,8 +326,14 @@ class O2MKDPipeline(DiffusionPipeline):
         # kept on the host: which denoiser is in charge must be known without waiting for the device
         for t in self.progress_bar(self.scheduler.timesteps.cpu()):
             seen = self.scheduler.scale_model_input(x, t)
-            predicted = self.denoiser(seen.to(self.denoiser.dtype), t, return_dict=False)[0].float()
+            rows = torch.cat([seen] * passes) if follow else seen
+            predicted = self.denoiser(rows.to(self.denoiser.dtype), t, **follow, return_dict=False)[0].float()
+            if follow and passes == 2:
+                free, bound = predicted.chunk(2)
+                predicted = free + guidance * (bound - free)
             x = self.scheduler.step(predicted, t, x, **extra, return_dict=False)[0]
+        if self.vae is not None:
+            x = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0].float()
         self.maybe_free_model_hooks()
         images: Any = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -307,6 +341,19 @@ class O2MKDPipeline(DiffusionPipeline):
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _follow(self, texts: Sequence[str] | None, passes: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the denoisers are told beside image and timestep: the texts, and before them as many empty ones."""
+        if (texts is None) != (self.text_encoder is None):
+            raise ValueError("give a prompt" if texts is None else "this pipeline draws from no text; leave prompt out")
+        if texts is None:
+            return {}
+        length = self.text_encoder.config.max_position_embeddings
+        asked = [*([""] * len(texts) if passes == 2 else []), *texts]
+        tokens = self.tokenizer(asked, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        states = self.text_encoder(tokens.input_ids.to(device))[0]
+        # the precision in which the denoisers were shown conditions
+        return {"encoder_hidden_states": states.half().to(self.denoiser.dtype)}
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -364,6 +364,9 @@ def test_networks_that_diffusers_cannot_call_alone_are_refused(toy_run):
         def forward(self, network, x, t, condition=None):
             return 2 * x
 
+        def condition_shape(self, network):
+            return None
+
     with pytest.raises(UserError, match="student s is a UNet2DModel that is called with more than"):
         check_alike(network, Other(), (1, 8, 8), "student s")
     network.forward = lambda sample, timestep, prompt, return_dict=True: (2 * sample,)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from o2mkd_bench import run
 from o2mkd_bench.core.checkpoints import download_hub, read_checkpoint, resolve_hub
 from o2mkd_bench.core.errors import NetworkUnavailable, UserError
-from o2mkd_bench.core.models import ModelFamily
+from o2mkd_bench.core.events import silent
+from o2mkd_bench.core.models import Codec, ModelFamily
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.core.session import check_sources, prepare
 from o2mkd_bench.core.store import Store
@@ -23,7 +24,13 @@ from o2mkd_bench.core.suite import from_mapping
 from o2mkd_bench.engine.cost import network_cost
 from o2mkd_bench.engine.finish import finished
 from o2mkd_bench.engine.guidance import Guided
+from o2mkd_bench.engine.sample import run_program
 from o2mkd_bench.engine.weights import load_weights, save_weights
+from o2mkd_bench.export import export
+from o2mkd_bench.pipeline import O2MKDPipeline
+from o2mkd_bench.stages.bench import Bench
+from o2mkd_bench.stages.latents import open_codec
+from o2mkd_bench.stages.samples import Painter, noise_source, solver
 from o2mkd_plugins.models.unet2d_condition import UNet2DCondition, complete
 
 transformers = pytest.importorskip("transformers")
@@ -426,8 +433,6 @@ def test_images_are_those_of_diffusers(systems: Path, tmp_path: Path) -> None:
     """Same prompts, same noise, same guidance, Stable Diffusion's own scheduler: the teacher's row, unfinished."""
     from diffusers import StableDiffusionPipeline
 
-    from o2mkd_bench.stages.samples import noise_source
-
     mapping = suite_of(systems, include=[{"student": "none"}], students=[{"name": "none"}])
     coco = mapping["datasets"][0]["coco"]
     mapping["datasets"] = [{"coco": {**coco, "protocol": "clean", "scored": 32}, "label": "coco"}]
@@ -553,12 +558,52 @@ def test_missing_clip_weights_leave_the_column_empty(tmp_path: Path, monkeypatch
         ClipScore(ClipOptions(), "coco").load(("image",))
 
 
-def test_a_cell_that_draws_from_text_is_not_exported(systems: Path, tmp_path: Path) -> None:
-    from o2mkd_bench import export
+# --- the export ---
 
-    plan = types.SimpleNamespace(stages={"s": types.SimpleNamespace(needs={"prompts": ("p",), "students": ()})})
-    cell = types.SimpleNamespace(identity="0" * 20, samples="s")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "unfinished", lambda session, cell: "")
-        with pytest.raises(UserError, match="draws from text"):
-            export.export(types.SimpleNamespace(plan=plan), cell, tmp_path / "new")
+
+def test_an_exported_cell_draws_the_images_of_the_harness(systems: Path, tmp_path: Path) -> None:
+    coco = suite_of(systems)["datasets"][0]["coco"]
+    mapping = suite_of(
+        systems,
+        datasets=[{"coco": {**coco, "protocol": "clean", "scored": 32}, "label": "coco"}],
+        wrappers=[{"o2mkd": {"students": 2}}],
+    )
+    run(mapping, out=tmp_path / "out", store=tmp_path / "store")
+    session = prepare(from_mapping(mapping), tmp_path / "store")
+    (cell,) = [c for c in session.plan.cells if c.role == "student"]
+    stage = session.plan.stages[cell.samples]
+    bench = Bench(session.store, "cpu", silent, session.registry)
+    router = bench.router(stage.needs["students"], stage.spec["edges"], "ema", "fp32")
+    schedule = bench.schedule(stage.needs["students"][0])
+    painter, indices = Painter.of(bench, router, stage), torch.arange(4)
+    painter.prompt(indices)
+    program, noise = solver(stage.spec, schedule, session.registry), noise_source(0, (4, 8, 8))(indices, 0)
+    last = run_program(program, schedule, painter.denoise, noise, lambda i: pytest.fail("no noise is asked for"))
+    with torch.no_grad():
+        expected = (open_codec(bench, stage).decode(last) / 2 + 0.5).clamp(0, 1)
+    prompts = session.store.read_json(stage.needs["prompts"][0], "captions.json")[:4]
+
+    folder = export(session, cell, tmp_path / "exported")
+    assert {"vae", "text_encoder", "tokenizer", "denoiser", "scheduler"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.rglob("*.bin"))
+    opened = O2MKDPipeline.from_pretrained(folder)
+    assert len(opened.denoiser.experts) == 2
+    images = opened(latents=noise, prompt=prompts, output_type="pt").images
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    scored = np.load(session.store.read(cell.samples, "images.npy"))[:4].astype(int)
+    assert np.abs((images * 255).round().numpy().astype(int) - scored).max() <= 1
+    stranger = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    assert torch.equal(stranger(latents=noise, prompt=prompts, output_type="pt").images, images)
+    free = opened(latents=noise, prompt=prompts, guidance_scale=1, output_type="pt").images
+    assert not torch.allclose(free, images, atol=1e-3)
+    assert len(opened(prompt="a red circle").images) == 1
+    with pytest.raises(ValueError, match="give a prompt"):
+        opened(2)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-to-image" in card
+    assert "pipeline(prompt=[" in card
+
+
+def test_a_codec_that_diffusers_does_not_know_is_not_exported() -> None:
+    with pytest.raises(UserError, match="LatentCodec is no codec that diffusers knows"):
+        Codec.parts(LatentCodec(Path(), lambda part: part))

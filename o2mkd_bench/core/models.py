@@ -29,6 +29,14 @@ class Codec(ABC):
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Conditions, float32 (B, L, D); the empty caption's is that of no condition."""
 
+    def parts(self) -> Mapping[str, Any]:
+        """``vae``, ``text_encoder`` and ``tokenizer`` as a diffusers pipeline has them.
+
+        Raises:
+            UserError: for a codec that is not made of these, which is the default.
+        """
+        raise UserError(f"{type(self).__name__} is no codec that diffusers knows; its cells are not exported")
+
 
 class ModelFamily(ABC):
     """A family of denoisers. The module is torch-free; torch is imported inside the methods that compute.

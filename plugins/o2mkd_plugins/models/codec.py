@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,9 @@ class LatentCodec(Codec):
     @cached_property
     def tokenizer(self) -> Any:
         return transformers().CLIPTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
+
+    def parts(self) -> Mapping[str, Any]:
+        return {"vae": self.vae, "text_encoder": self.text, "tokenizer": self.tokenizer}
 
     def encode(self, images: Tensor) -> Tensor:
         pixels = images.float() / 127.5 - 1
