@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -169,6 +170,21 @@ def test_plan_tells_the_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="0"):
         main(["plan", str(path), "--store", str(tmp_path / "store"), "--memory"])
     assert "peak GB" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", str(path), "--store", str(tmp_path / "store"), "--memory", "--json"])
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert {stage["kind"] for stage in stages if stage.get("memory_bytes", 0) > 0} >= {"student", "samples"}
+
+
+def test_of_a_teacher_that_is_not_here_nothing_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    path = tmp_path / "m.yaml"
+    path.write_text(yaml.safe_dump(suite(teachers=[{"name": "t", "hub": "acme/gone"}])), encoding="utf-8")
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", str(path), "--store", str(tmp_path / "store"), "--memory"])
+    assert "no stage with networks is known yet" in capsys.readouterr().out
 
 
 def test_a_run_asks_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

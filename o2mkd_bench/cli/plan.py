@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..core.plan import Plan, Stage
     from ..core.session import Session
     from ..core.status import Standing, Survey
+    from ..engine.memory import Estimate
 
 COLOURS = {"done": "green", "failed": "red", "missing": "yellow", "unresolved": "magenta"}
 _SHORTEST = 8
@@ -56,8 +57,12 @@ def plan(
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device)
     survey = Survey(session.plan, session.store)
     missing = survey.missing()
+    estimates = _estimates(session) if memory else {}
     if json:
         listed = [_stage_facts(stage, survey, missing) for stage in session.plan.stages.values()]
+        listed = [
+            {**facts, "memory_bytes": e.total} if (e := estimates.get(facts["stage"])) else facts for facts in listed
+        ]
         cells = [_cell_facts(standing) for standing in survey.standings()]
         print_json({"suite": session.suite.name, "stages": listed, "cells": cells})
         return
@@ -66,7 +71,7 @@ def plan(
     _print_headline(session, f"{counted(len(session.plan.stages), 'stage')}, {len(missing) or 'none'} to make")
     out.print(_stage_list(session.plan, survey, missing) if stages else _kinds(session.plan, survey, missing))
     if memory:
-        out.print(_memory(session))
+        out.print(_memory(session.plan, estimates) if estimates else " no stage with networks is known yet")
     _print_cells(session.plan, [(standing, _outlook(session.plan, standing, missing)) for standing in standings])
     _print_reasons([standing for standing in standings if standing.cell.unresolved or standing.cell.refused])
 
@@ -131,17 +136,21 @@ def _stage_list(plan: Plan, survey: Survey, missing: Mapping[str, Stage]) -> Tab
     return table
 
 
-def _memory(session: Session) -> Table:
-    """GB at the peak, and of these weights, moments and averages: a row for all stages of a kind that take the same."""
+def _estimates(session: Session) -> dict[str, Estimate]:
+    """What each stage takes of a GPU, where that can be reckoned."""
     from ..stages.memory import Memory
 
+    memory = Memory(session.plan, session.registry)
+    return {name: found for name, stage in session.plan.stages.items() if (found := memory.of(stage)) is not None}
+
+
+def _memory(plan: Plan, estimates: Mapping[str, Estimate]) -> Table:
+    """GB at the peak, and of these weights, moments and averages: a row for all stages of a kind that take the same."""
     table = grid("stage", "first of them", "all", "resident GB", "peak GB", right=("all", "resident GB", "peak GB"))
-    memory, rows = Memory(session.plan, session.registry), dict[tuple[str, ...], list[str]]()
-    for stage in session.plan.stages.values():
-        estimate = memory.of(stage)
-        if estimate is not None:
-            told = (stage.kind, f"{estimate.resident / 1e9:.2f}", f"{estimate.total / 1e9:.2f}")
-            rows.setdefault(told, []).append(stage.label)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, estimate in estimates.items():
+        told = (plan.stages[name].kind, f"{estimate.resident / 1e9:.2f}", f"{estimate.total / 1e9:.2f}")
+        rows.setdefault(told, []).append(plan.stages[name].label)
     for (kind, resident, total), labels in rows.items():
         table.add_row(kind, labels[0], str(len(labels)), resident, total)
     return table
