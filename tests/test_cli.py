@@ -389,6 +389,14 @@ def test_store_verify_finds_damage_and_run_mends_it(there: Finished, call: Call,
     assert "makes damaged artifacts anew" in one_line(err)
     assert call("run", there.suite, "--store", copied, "--out", tmp_path / "out").code == 0
     assert call("store", "verify", "--store", copied).code == 0
+    unread = next(path for path in copied.glob("artifacts/*/*/ema.safetensors"))
+    content = bytearray(unread.read_bytes())
+    content[-1] ^= 1
+    unread.write_bytes(content)
+    assert "after `store verify --discard`" in one_line(call("store", "verify", "--store", copied).err)
+    assert call("store", "verify", "--discard", "--store", copied).code == 1
+    assert not unread.exists()
+    assert call("store", "verify", "--store", copied).code == 0
 
 
 def test_store_is_carried_to_another_machine(there: Finished, call: Call, tmp_path: Path) -> None:

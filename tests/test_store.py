@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -205,8 +206,10 @@ def test_discard_of_nothing_is_nothing(store):
 
 
 def edit_manifest(store, **changes):
+    """Another manifest, whole in itself."""
     path = store.root / "artifacts" / "aa" / A / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    bare = json.dumps({**json.loads(path.read_text()), **changes, "digest": ""})
+    path.write_text(bare.replace('""', f'"{hashlib.sha256(bare.encode()).hexdigest()}"', 1))
 
 
 def test_damaged_manifests(store):
@@ -227,6 +230,30 @@ def test_file_names_stay_inside(name):
     fields = {"identity": A, "kind": "k", "label": "", "created": "", "spec": {}, "needs": {}, "meta": {}}
     with pytest.raises(ValueError, match="cannot be the name of a file"):
         Manifest(files={name: record}, **fields)
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(store):
+    put(store)
+    path = store.root / "artifacts" / "aa" / A / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises((CorruptArtifact, UserError)):
+            store.manifest(A)
+    path.write_bytes(content)
+    assert store.has(A)
+
+
+def test_manifests_of_version_1_have_no_digest_and_are_read(store):
+    put(store)
+    path = store.root / "artifacts" / "aa" / A / "manifest.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**found, "schema_version": 1}.items() if k != "digest"}))
+    assert store.has(A)
+    path.write_text(json.dumps({k: v for k, v in found.items() if k != "digest"}))
+    assert not store.has(A)
 
 
 def test_a_store_of_a_newer_version_is_not_overwritten(store):

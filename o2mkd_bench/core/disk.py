@@ -74,6 +74,37 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def keep(fresh: Path, place: Path) -> None:
+    """Put the file ``fresh``, which is on the disk, in its ``place``; :func:`kept` notices what happens to it there.
+
+    A kill at any moment leaves the file that was there, or this one, and a note that knows both.
+    """
+    note = _note(place)
+    known = note.read_text(encoding="utf-8").split()[-1:] if note.exists() else []
+    draft = note.with_name(f"{note.name}.part")
+    write_synced(draft, "\n".join([*known, _mark(fresh, place)]))
+    draft.replace(note)
+    fresh.replace(place)
+
+
+def kept(place: Path) -> bool:
+    """Whether the file in ``place`` is what :func:`keep` has put there."""
+    try:
+        return _mark(place, place) in _note(place).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return False
+
+
+def _note(place: Path) -> Path:
+    return place.with_name(f"{place.name}.sha256")
+
+
+def _mark(path: Path, place: Path) -> str:
+    """The hash of a file that lies, or will lie, in ``place``; that of one stage is never taken for another's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha256(place.parent.name.encode())).hexdigest()
+
+
 def sync(folder: Path) -> None:
     """Bring the entries of ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
