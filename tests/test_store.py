@@ -538,9 +538,23 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(store, monkeypatch):
     assert not any(p.is_dir() for p in (store.root / "tmp").iterdir())
 
 
-def test_a_library_that_reports_a_full_disk_in_words_is_understood(store):
-    with pytest.raises(UserError, match="full disk"), store.guard():
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "full disk"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "file too large"),
+        (OSError("40960 requested and 8872 written"), "full disk"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+    ],
+)
+def test_a_library_that_reports_a_full_disk_in_words_is_understood(store, error, said):
+    with pytest.raises(UserError, match=said), store.guard():
+        raise error
+
+
+def test_a_library_that_could_not_read_is_not_understood_as_a_full_disk(store):
+    with pytest.raises(RuntimeError), store.guard():
+        raise RuntimeError("Error while deserializing: I/O error: No such file or directory (os error 2)")
 
 
 def test_troubles_elsewhere_are_not_blamed_on_the_store(store, tmp_path):

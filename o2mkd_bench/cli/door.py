@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -76,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that lacks a letter shows another, and so does a path that is no text
+            stream.reconfigure(errors="replace")
     try:
         code = _run(words or ["--help"])
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,16 @@ from pathlib import Path
 
 from .errors import StoreError
 from .manifest import FileRecord, check_file_name
+
+# beside what is forbidden: a limit on the size of files, a broken disk, a path that no file system takes
+UNWRITABLE = frozenset(
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+)
+
+
+# how safetensors and numpy say that a file could not be written
+_SERIALIZING = re.compile(r"(?<!de)serializing: .*\(os error (\d+)\)")
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 
 
 @contextmanager
@@ -26,7 +37,7 @@ def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
         code = _trouble(error, place)
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{what} {place} is on a full disk; free space there or {elsewhere}") from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in UNWRITABLE or (code == errno.ENOENT and not place.is_dir()):
             reason = os.strerror(code).lower()
             raise StoreError(f"{what} {place} cannot be written ({reason}); make it writable or {elsewhere}") from error
         if code in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
@@ -36,8 +47,10 @@ def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
 
 def _trouble(error: Exception, place: Path) -> int | None:
     """The errno of an error that is about ``place``, a folder above it or something below it; else None."""
-    if not isinstance(error, OSError):
-        return errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
+    if not isinstance(error, OSError) or error.errno is None:
+        said = _SERIALIZING.search(str(error))
+        full = os.strerror(errno.ENOSPC) in str(error) or _CUT_SHORT.fullmatch(str(error))
+        return int(said[1]) if said else errno.ENOSPC if full else None
     if isinstance(error.filename, str | bytes | os.PathLike):
         path = Path(os.path.abspath(os.fsdecode(error.filename)))
         if not (path.is_relative_to(place) or place.is_relative_to(path)):

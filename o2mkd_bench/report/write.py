@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..core.disk import guarded
 from ..core.errors import UserError
 from .frame import write_csv
 from .lines import Results
@@ -19,6 +22,8 @@ from .text import finite
 
 SCHEMA_VERSION = 1
 PICTURE = re.compile(r"samples/[^/]+\.png")
+# whose the files beside their place are: this machine's, then the process'
+_OURS = f".report-{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}-"
 RUN_KEYS = ("schema_version", "suite", "created", "machine", "versions", "git_commit")
 
 
@@ -31,11 +36,19 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
     more are removed.
 
     Raises:
-        UserError: when the results mix protocols in one column; ``out`` is then as it was.
+        UserError: when the results mix protocols in one column, or the folder cannot be written; ``out`` is then as it
+            was.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()
+    with guarded(out, "the results folder", "choose another with --out DIR"):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(results, out, pictures)
+
+
+def _write(results: Results, out: Path, pictures: Callable[[Path], None] | None) -> None:
+    _clear_away(out)
     stale = _pictures_in(out) - _pictures(results)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{_OURS}{os.getpid()}-", dir=out) as name:
         folder = Path(name)
         if pictures is not None:
             pictures(folder)
@@ -51,6 +64,27 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
             os.replace(path, place)
     for name in stale:
         (out / name).unlink(missing_ok=True)
+
+
+def _clear_away(out: Path) -> None:
+    """Remove what runs on this machine that were killed while they wrote have left."""
+    for path in out.glob(f"{_OURS}*-*"):
+        pid = path.name.removeprefix(_OURS).partition("-")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        # a signal of 0 is no question there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _pictures(results: Results) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import yaml
 
+from o2mkd_bench.cli import main
 from o2mkd_bench.core.manifest import MANIFEST
 from o2mkd_bench.core.session import prepare
 from o2mkd_bench.core.store import Store
@@ -50,6 +54,7 @@ SAMPLE: dict[str, Any] = {
     "include": [{"wrapper": "single*", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive"}],
     "baselines": [],
     "budgets": [640],
+    "teachers": [{"name": "small", "train": {**TINY["teachers"][0]["train"], "images": 960}}],
 }
 
 
@@ -79,12 +84,20 @@ def write_suite(folder: Path, whole: bool, changes: Mapping[str, Any] | None = N
     return path
 
 
-def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+def start(*words: object, program: Sequence[str] = PROGRAM, **environment: str) -> subprocess.Popen[str]:
     """A command in a process of its own, its output kept."""
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    command = [*PROGRAM, *map(str, words)]
+    command = [*program, *map(str, words)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", env=inherited)
+
+
+def call(*words: object) -> Ended:
+    """A command in this process, which has torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return Ended(ended.value.code, out.getvalue(), err.getvalue())
 
 
 def end(process: subprocess.Popen[str], seconds: float = 600) -> Ended:
@@ -122,9 +135,10 @@ def plan(suite: Path, store: Path) -> Any:
 
 
 def artifacts(suite: Path, store: Path) -> dict[str, Any]:
-    """The files of every stage of a suite by identity, with their hashes; those of speeds depend on a clock."""
-    stages = plan(suite, store).stages
-    return {name: Store(store).manifest(name).files for name, stage in stages.items() if stage.kind != "speed"}
+    """The files of what is stored of a suite, by identity, with their hashes; those of speeds depend on a clock."""
+    stages, found = plan(suite, store).stages, Store(store)
+    kept = [name for name, stage in stages.items() if stage.kind != "speed" and found.has(name)]
+    return {name: found.manifest(name).files for name in kept}
 
 
 def places(store: Path) -> dict[str, Path]:
