@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from .disk import read_text
 from .errors import UserError
 from .fingerprint import content_hash
 from .identity import identity
@@ -16,6 +17,8 @@ from .plugins import BUILTIN, Plugin, registry
 from .schedule import NoiseSchedule, Prediction
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# of a JSON file beside weights; the index of a sharded network names every tensor
+LARGEST = 64 << 20
 INDEX = f"{WEIGHTS}.index.json"
 SCHEDULER = "scheduler_config.json"
 
@@ -269,10 +272,10 @@ def _config(file: Path, where: str) -> dict[str, Any]:
 
 def _json(file: Path, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file, LARGEST))
     except FileNotFoundError:
         raise UserError(f"{where}: {file} is missing; give the path of a diffusers pipeline or network") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {file} cannot be read as JSON ({error}); copy or save it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: {file} is no JSON object; copy or save it again")

@@ -118,6 +118,19 @@ def _mark(path: Path, place: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.sha256(place.parent.name.encode())).hexdigest()
 
 
+def read_text(path: Path, limit: int = 1 << 20) -> str:
+    """A text file in UTF-8 of at most ``limit`` bytes, so that neither a device nor a mistake fills the memory.
+
+    Raises:
+        OSError, UnicodeDecodeError: also for a file that is larger.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit >> 10} KiB", str(path))
+    return content.decode("utf-8")
+
+
 def sync(folder: Path) -> None:
     """Bring the entries of ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 
+MOST_TIMESTEPS = 100_000
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -46,7 +47,11 @@ class NoiseSchedule:
             raise UserError(
                 f"{where}: beta_schedule {kind!r} is not known; use linear, scaled_linear or squaredcos_cap_v2"
             )
-        timesteps = int(config.get("num_train_timesteps", 1000))
+        timesteps = config.get("num_train_timesteps", 1000)
+        if not isinstance(timesteps, int) or not 2 <= timesteps <= MOST_TIMESTEPS:
+            raise UserError(
+                f"{where}: num_train_timesteps is {str(timesteps)[:40]}; give a whole number from 2 to {MOST_TIMESTEPS}"
+            )
         if betas is not None and len(betas) != timesteps:
             raise UserError(
                 f"{where}: trained_betas has {len(betas)} entries and num_train_timesteps is {timesteps}; correct one"

@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from .frame import write_csv
 from .lines import Results
 from .plots import per_timestep, quality_vs_speed
+from .shape import complaint
 from .tables import markdown
 from .text import finite
 
@@ -111,7 +112,9 @@ def read(folder: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not there; name a folder that a run has written its results to") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write it again with a run of its suite") from None
     version = results.get("schema_version") if isinstance(results, dict) else None
     if not isinstance(version, int) or not isinstance(results.get("rows"), list):
@@ -121,6 +124,8 @@ def read(folder: Path) -> dict[str, Any]:
             f"{path} has schema_version {version} and this version reads {SCHEMA_VERSION}; "
             f"{'upgrade o2mkd-bench' if version > SCHEMA_VERSION else 'write it again with a run of its suite'}"
         )
+    if wrong := complaint(results):
+        raise UserError(f"{path} is no results document ({wrong}); write it again with a run of its suite")
     return dict(results)
 
 

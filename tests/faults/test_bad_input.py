@@ -1,0 +1,356 @@
+"""Suites and command lines that nobody should write: exit code 0 or 2, one sentence, and not a file out of place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runs import ROOT, Ended, call, one_sentence
+
+from o2mkd_bench import runner
+from o2mkd_bench.core.errors import UserError
+
+EVERYTHING = os.environ.get("O2MKD_FAULTS") == "all"
+SECONDS = 30
+MEMORY = 3 << 30
+SUITES = {
+    path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "suites").glob("*.yaml"))
+}
+BEGUN = "the run would begin"
+
+
+def examples(number: int) -> settings:
+    """So many examples, a fiftieth in the sample, which is the same every time."""
+    return settings(
+        max_examples=number if EVERYTHING else max(number // 50, 20),
+        derandomize=not EVERYTHING,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class Guard:
+    """Notes every file that is written, and where."""
+
+    def __init__(self) -> None:
+        self.active, self.allowed, self.strays = False, (), []
+        sys.addaudithook(self._hear)
+
+    @contextlib.contextmanager
+    def over(self, *allowed: Path) -> Iterator[None]:
+        self.active, self.allowed, self.strays = True, tuple(map(str, allowed)), []
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.active:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                self._note(path)
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.rename", "os.truncate"):
+            for path in arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+                self._note(path)
+
+    def _note(self, path: Any) -> None:
+        if isinstance(path, str | bytes | os.PathLike):
+            full = os.path.abspath(os.fsdecode(path))
+            if full != os.devnull and not any(full == a or full.startswith(a + os.sep) for a in self.allowed):
+                self.strays.append(full)
+
+
+GUARD = Guard()
+
+
+class Sandbox:
+    """A working directory, and a command line in it that is watched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.suite = folder, folder / "suite.yaml"
+        self.slowest = 0.0
+
+    def call(self, *words: object) -> Ended:
+        allowed = [self.folder / name for name in ("out", "store", "cache", "results", ".o2mkd")]
+        began = time.monotonic()
+        signal.alarm(SECONDS)
+        try:
+            with GUARD.over(*allowed):
+                ended = call(*words)
+        finally:
+            signal.alarm(0)
+        self.slowest = max(self.slowest, time.monotonic() - began)
+        assert not GUARD.strays, (words, GUARD.strays)
+        return ended
+
+    def refused_or_done(self, *words: object) -> Ended:
+        ended = self.call(*words)
+        assert ended.code in (0, 2), (words, ended.err[-2000:])
+        if ended.code == 2:
+            one_sentence(ended.err.splitlines(keepends=True)[-1])
+            assert ended.err.count("error:") >= 1
+            assert len(ended.err) < 5000, ended.err[:2000]
+        return ended
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    folder = tmp_path_factory.mktemp("sandbox")
+
+    def begin(*_: object, **__: object) -> None:
+        raise UserError(BEGUN)
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {SECONDS} s")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(runner, "run_session", begin)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setenv("O2MKD_BENCH_CACHE", str(folder / "cache"))
+        patch.setenv("MPLCONFIGDIR", str(folder / "cache" / "matplotlib"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("CIFAR10_ROOT", "SYSTEMS_ROOT", "O2MKD_STORE"):
+            patch.delenv(name, raising=False)
+        before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+        yield Sandbox(folder)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- suites ----------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.sampled_from([0, -1, 1, 2, 3, 7, 10**9, 10**18, 10**400, 2**31, -(10**9), 0.5, -0.0, 1e-300, 1e308])
+ODD = st.sampled_from(
+    [
+        *("", " ", "..", ".", "/", "../../escape", "/tmp/escape", "a/b", "~", "~root/x", "C:\\x", "con", "-", "--help"),
+        *(
+            "\0",
+            "a\0b",
+            "\x1b[31m",
+            "\ud800",
+            "\u202e",
+            "é漢字🙂",
+            "x" * 300,
+            "y" * 100_000,
+            "\n",
+            "a\nb",
+            "null",
+            "*",
+            "[",
+        ),
+        *(
+            "<script>alert(1)</script>",
+            "<img src=x onerror=alert(1)>",
+            "{{7*7}}",
+            "$(id)",
+            "`id`",
+            "${HOME}",
+            "${",
+            "%s",
+        ),
+        *("10**9", "1e9", "1e999", "9" * 5000, "1_0", "0x10", "nan", ".inf", "auto", "on", "yes", "2026-01-01", "1:30"),
+        *("ddim", "o2mkd", "digits", "fid", "single", "uniform", "snr", "embedded", "epsilon", "cuda:99", "none"),
+    ]
+)
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, ODD, st.floats(), st.integers(), st.text(max_size=20))
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(ODD, inner, max_size=3),
+        st.lists(inner, max_size=1).map(lambda found: found * 50),
+    ),
+    max_leaves=8,
+)
+
+
+def spots(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in nested data."""
+    yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from spots(value, (*path, key))
+
+
+def mutate(data: Any, path: tuple[Any, ...], how: str, value: Any) -> Any:
+    """``data`` with one place of it changed."""
+    if not path:
+        return value if how == "replace" else data
+    holder = data
+    for key in path[:-1]:
+        holder = holder[key]
+    if how == "delete":
+        del holder[path[-1]]
+    elif how == "replace":
+        holder[path[-1]] = value
+    elif how == "repeat" and isinstance(holder, list):
+        holder.extend(copy.deepcopy(holder))
+    elif how == "add" and isinstance(holder, dict):
+        holder[str(value)[:50]] = value
+    elif how == "nest":
+        holder[path[-1]] = [holder[path[-1]]]
+    elif how == "rename" and isinstance(holder, dict):
+        holder[str(value)[:50]] = holder.pop(path[-1])
+    return data
+
+
+@st.composite
+def suites(draw: Callable[[Any], Any]) -> Any:
+    """A shipped suite with a few places changed, small where it was small."""
+    data = copy.deepcopy(SUITES[draw(st.sampled_from(sorted(SUITES)))])
+    if draw(st.booleans()):
+        data["extends"] = str(ROOT / "suites" / "quickstart.yaml")
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(spots(data))
+        how = draw(st.sampled_from(["replace", "replace", "replace", "delete", "repeat", "add", "nest", "rename"]))
+        data = mutate(data, draw(st.sampled_from(found)), how, draw(JUNK))
+    return data
+
+
+VERBS = st.sampled_from(["plan", "plan", "plan", "status", "run", "report"])
+
+
+@examples(6000)
+@given(data=suites(), verb=VERBS)
+def test_suites_with_anything_anywhere(sandbox: Sandbox, data: Any, verb: str) -> None:
+    try:
+        text = yaml.safe_dump(data, allow_unicode=True)
+    except (yaml.YAMLError, ValueError):
+        text = repr(data)
+    sandbox.suite.write_bytes(text.encode("utf-8", "surrogatepass"))
+    sandbox.refused_or_done(verb, sandbox.suite, "--store", sandbox.folder / "store")
+
+
+TEXTS = {name: (ROOT / "suites" / name).read_bytes() for name in SUITES}
+
+
+@st.composite
+def texts(draw: Callable[[Any], Any]) -> bytes:
+    """The bytes of a shipped suite, cut, joined and spliced."""
+    text = bytearray(TEXTS[draw(st.sampled_from(sorted(TEXTS)))])
+    for _ in range(draw(st.integers(1, 4))):
+        place, length = draw(st.integers(0, len(text))), draw(st.integers(0, 40))
+        text[place : place + length] = draw(
+            st.one_of(
+                st.binary(max_size=20),
+                st.sampled_from(
+                    [b"&a ", b"*a ", b"<<: *a\n", b"!!python/object/apply:os.system [id]\n", b"\t", b"- ", b": ", b"? "]
+                ),
+                st.sampled_from(
+                    [b"{", b"}", b"[" * 500, b"'", b'"', b"|", b">", b"%YAML 9.9\n", b"---\n", b"\xff\xfe"]
+                ),
+            )
+        )
+    return bytes(text)
+
+
+@examples(2000)
+@given(text=texts())
+def test_texts_that_are_hardly_yaml(sandbox: Sandbox, text: bytes) -> None:
+    sandbox.suite.write_bytes(text)
+    sandbox.refused_or_done("plan", sandbox.suite, "--store", sandbox.folder / "store")
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    [
+        *("run", "plan", "status", "report", "compare", "sample", "export", "store", "plugins", "schema", "new"),
+        *("ls", "gc", "verify", "import", "plugin", "my-method", "samplers", "kd_methods", "3fa9c1d2", "--", "-", ""),
+        *(
+            "--set",
+            "--only",
+            "--out",
+            "--store",
+            "--device",
+            "--seed",
+            "--json",
+            "--fail-fast",
+            "--format",
+            "--n",
+            "-n",
+        ),
+        *("--tracker", "--part-size", "--state", "--dry-run", "--discard", "--suite", "--dtype", "--rebuild-changed"),
+        *("suite.yaml", "nothing.yaml", "out", "store", "results", ".", "suite.yaml/x", "a\x1b[31mb", "é漢", "\udcff"),
+        *("training.lr=1", "students.half.width=0.3", "a.b.c=1", "=", "x=", "seeds=[", "budgets=[10]", "methods=[]"),
+        *("method=output", "method=*", "metod=output", "sampler=ddim", "seed=0", "cpu", "cuda:7", "auto", "tpu", "-1"),
+        *(
+            "0",
+            "7",
+            "10000000000000000000000",
+            "1e9",
+            "md",
+            "csv",
+            "latex",
+            "jsonl",
+            "16M",
+            "0",
+            "fp16",
+            "-h",
+            "--version",
+        ),
+    ]
+)
+
+
+@examples(2000)
+@given(words=st.lists(st.one_of(WORDS, WORDS, WORDS, st.text(max_size=12)), max_size=7))
+def test_command_lines_of_any_words(sandbox: Sandbox, words: list[str]) -> None:
+    sandbox.suite.write_bytes(TEXTS["quickstart.yaml"])
+    # never a store or folder of its own choice, and nothing that goes on for long
+    end = ["--store", "store"] if words and words[0] in ("run", "plan", "status", "report", "sample", "export") else []
+    ended = sandbox.call(*words, *end)
+    assert ended.code in (0, 1, 2), (words, ended.err)
+    if ended.code == 2:
+        one_sentence(ended.err.splitlines(keepends=True)[-1])
+
+
+# ---- results of others -----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def documents(draw: Callable[[Any], Any]) -> Any:
+    """A results document with a few places changed."""
+    data = json.loads(DOCUMENT)
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(spots(data))
+        how = draw(st.sampled_from(["replace", "replace", "delete", "repeat", "add", "nest", "rename"]))
+        data = mutate(data, draw(st.sampled_from(found)), how, draw(JUNK))
+    return data
+
+
+DOCUMENT = (ROOT / "results" / "quickstart" / "results.json").read_text(encoding="utf-8")
+
+
+@examples(1500)
+@given(data=documents(), format=st.sampled_from(["table", "csv", "md", "latex", "json", "compare", "write"]))
+def test_results_with_anything_anywhere(sandbox: Sandbox, data: Any, format: str) -> None:
+    folder = sandbox.folder / "theirs"
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(data), encoding="utf-8")
+    if format == "compare":
+        sandbox.refused_or_done("compare", folder, ROOT / "results" / "quickstart")
+    elif format == "write":
+        sandbox.refused_or_done("report", folder, "--out", sandbox.folder / "out")
+    else:
+        ended = sandbox.refused_or_done("report", folder, "--format", format)
+        assert "\x1b" not in ended.out
