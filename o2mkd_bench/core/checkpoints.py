@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -123,7 +123,10 @@ def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
         UserError: when there are none, several that no index joins, or a shard is missing.
     """
     if (folder / INDEX).is_file():
-        names = sorted(set(_json(folder / INDEX, where).get("weight_map", {}).values()))
+        mapped = _json(folder / INDEX, where).get("weight_map")
+        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+            raise UserError(f"{where}: {folder / INDEX} has no weight_map of names to files; copy or save it again")
+        names = sorted(set(mapped.values()))
         if strays := [n for n in names if Path(n).name != n or not (folder / n).is_file()]:
             raise UserError(f"{where}: {folder / INDEX} names {strays[0]}, which is not in {folder}; copy it there")
         found = [folder / name for name in names]
@@ -136,10 +139,23 @@ def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
         mend = "convert them to safetensors (diffusers: save_pretrained with safe_serialization=True)"
         reason = f"only pickled weights ({others[0].name}); {mend}" if others else f"no weights; expected {WEIGHTS}"
         raise UserError(f"{where}: {folder} has {reason}")
+    _check_headers(found, where)
     if len(found) > 1 and not (folder / INDEX).is_file():
         several = ", ".join(file.name for file in found)
         raise UserError(f"{where}: {folder} has several weight files ({several}); keep one, or name it {WEIGHTS}")
     return tuple(found)
+
+
+def _check_headers(files: Sequence[Path], where: str) -> None:
+    """Raise UserError unless every file begins as safetensors do, and holds what its header says; no tensor is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{where}: {file} cannot be read as safetensors ({error}); copy it again") from error
 
 
 def resolve_hub(repo: str, revision: str | None = None) -> HubRef:

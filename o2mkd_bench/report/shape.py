@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictFloat, StrictInt, ValidationError
 
 # what a terminal obeys is not text
-Text = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+Text = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Lines = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
 Number = StrictInt | StrictFloat | None
 Word = Text | StrictInt | StrictFloat | StrictBool | None
 Numbers = list[Number] | Number
@@ -38,7 +39,7 @@ class Curve(Shape):
 class Row(Shape):
     status: Text
     scores: Scores = None
-    reason: Text | None = None
+    reason: Lines | None = None
     speed: Reading | None = None
     probe: Curve | None = None
     calls: Numbers = None
