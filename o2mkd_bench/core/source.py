@@ -117,7 +117,9 @@ def show(root: Node, path: Sequence[Key]) -> str:
             if following not in names:
                 parts.append(str(key))
         else:
-            parts.append(names[0] if names else str(key))
+            # a name that nobody can read on one line is no help
+            readable = bool(names) and len(names[0]) <= 60 and names[0].isprintable()
+            parts.append(names[0] if readable else str(key))
     return ".".join(parts)
 
 

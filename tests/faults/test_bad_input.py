@@ -6,11 +6,13 @@ import contextlib
 import copy
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,10 @@ def examples(number: int) -> settings:
     )
 
 
+# what changes a file system: how many of its arguments are paths, and where its descriptors of folders begin
+PATHS = {"os.mkdir": (1, 2), "os.remove": (1, 1), "os.rmdir": (1, 1), "os.rename": (2, 2), "os.link": (2, 2)}
+
+
 class Guard:
     """Notes every file that is written, and where."""
 
@@ -65,8 +71,9 @@ class Guard:
             path, _, flags = arguments
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self._note(path)
-        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.rename", "os.truncate"):
-            for path in arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+        elif event in PATHS and all(descriptor == -1 for descriptor in arguments[PATHS[event][1] :]):
+            # a path below a descriptor is below what was looked at when that was opened
+            for path in arguments[: PATHS[event][0]]:
                 self._note(path)
 
     def _note(self, path: Any) -> None:
@@ -354,3 +361,97 @@ def test_results_with_anything_anywhere(sandbox: Sandbox, data: Any, format: str
     else:
         ended = sandbox.refused_or_done("report", folder, "--format", format)
         assert "\x1b" not in ended.out
+
+
+# ---- what once went wrong --------------------------------------------------------------------------------------------
+
+TEACHER = SUITES["quickstart.yaml"]["teachers"][0]
+UNET = {"block_out_channels": [32, 64], "norm_num_groups": 8}
+LAUGHS = 'a: &a ["lol","lol","lol","lol","lol","lol","lol","lol","lol"]\n' + "".join(
+    f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n" for before, after in pairwise("abcdefghi")
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}], k{i}: 1}}\n" for i in range(1, 12)
+)
+ABSURD: dict[str, tuple[Any, str]] = {
+    "a name that climbs": ({"name": "../../escape"}, "a name that a folder can have"),
+    "an absolute name": ({"name": "/tmp/escape"}, "a name that a folder can have"),
+    "a hidden name": ({"name": ".."}, "a name that a folder can have"),
+    "a NUL in a name": ({"name": "a\0b"}, "can be printed"),
+    "a long name": ({"name": "é" * 150}, "a name that a folder can have"),
+    "a line in a name": ({"students": [{"name": "a\nb"}]}, "can be printed"),
+    "a colour in a name": ({"teachers": [{**TEACHER, "name": "\x1b[31mred"}]}, "can be printed"),
+    "a line in a label": ({"methods": [{"output": {}, "label": "a\nb"}]}, "can be printed"),
+    "students: 10**9": ({"wrappers": [{"o2mkd": {"students": 10**9}}]}, "at most 1000"),
+    "students: 10**9 of one": ({"wrappers": [{"single": {"students": 10**9}}]}, "at most 1000"),
+    "timesteps: 10**12": ({"teachers": [{**TEACHER, "schedule": {"timesteps": 10**12}}]}, "at most 100000"),
+    "steps: 10**9": ({"samplers": [{"ddim": {"steps": 10**9}}]}, "do not fit into 1000 training timesteps"),
+    "many steps": ({"samplers": [{"ddim": {"steps": list(range(1, 900))}}]}, "100 entries or fewer"),
+    "many seeds": ({"seeds": list(range(20_000))}, "1000 entries or fewer"),
+    "a large grid": ({"budgets": list(range(1000, 4000))}, "at most 20000 can be planned"),
+    "a budget of 10**20": ({"budgets": [10**20]}, "at most 1000000000000"),
+    "a budget of 10**400": ({"budgets": [10**400]}, "a whole number above 0"),
+    "a budget of 5000 digits": ({"budgets": ["9" * 5000]}, "a whole number above 0"),
+    "width: 1e300": ({"students": [{"name": "a", "width": 1e300}]}, "at most 64"),
+    "blocks: 10**9": ({"students": [{"name": "a", "blocks": 10**9}]}, "at most 64"),
+    "a network of 10**9 layers": (
+        {
+            "teachers": [
+                {"name": "a", "train": {"model": {"unet2d": {**UNET, "layers_per_block": 10**9}}, "images": "80k"}}
+            ]
+        },
+        "at most 1000",
+    ),
+    "a device as a config": ({"students": [{"name": "a", "config": "/dev/zero"}]}, "more than 1024 KiB"),
+    "billion laughs": (LAUGHS, "with its aliases the YAML has more than 100000 values"),
+    "merge keys that multiply": (MERGES, "with its aliases the YAML has more than 100000 values"),
+    "deep lists": ("[" * 100_000, "more than 50 levels"),
+    "deep mappings": ("{a: " * 200 + "1" + "}" * 200, "more than 50 levels"),
+    "a file of 2 MiB": ("# " + "x" * (2 << 20), "more than 1024 KiB"),
+    "itself": ("extends: suite.yaml", "is a circle"),
+    "a device": ("extends: /dev/zero", "more than 1024 KiB"),
+    "a folder": ("extends: .", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+@pytest.mark.parametrize("verb", ["plan", "report"])
+def test_absurd_suites_are_refused_fast(sandbox: Sandbox, what: str, verb: str) -> None:
+    content, said = ABSURD[what]
+    text = content if isinstance(content, str) else yaml.safe_dump({**SUITES["quickstart.yaml"], **content})
+    sandbox.suite.write_text(text, encoding="utf-8")
+    ended = sandbox.refused_or_done(verb, sandbox.suite, "--store", sandbox.folder / "store")
+    assert ended.code == 2
+    assert said in one_sentence(ended.err)
+    assert not (sandbox.folder / "results").exists()
+
+
+def test_a_circle_of_files_and_a_long_chain_of_them(sandbox: Sandbox) -> None:
+    for number in range(30):
+        (sandbox.folder / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n", encoding="utf-8")
+    assert "a chain of more than 20 files" in sandbox.refused_or_done("plan", sandbox.folder / "0.yaml").err
+    (sandbox.folder / "5.yaml").write_text("extends: 0.yaml\n", encoding="utf-8")
+    assert "is a circle" in sandbox.refused_or_done("plan", sandbox.folder / "0.yaml").err
+
+
+HTML = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a](javascript:alert(1))", "$\\frac{", "a|b")
+
+
+@pytest.mark.parametrize("name", HTML)
+def test_names_are_text_wherever_they_stand(sandbox: Sandbox, name: str) -> None:
+    changes = {"students": [{"name": name, "width": 0.5}], "teachers": [{**TEACHER, "name": name}], "seeds": [0]}
+    sandbox.suite.write_text(yaml.safe_dump({**SUITES["quickstart.yaml"], **changes}), encoding="utf-8")
+    words = ["--store", sandbox.folder / "store", "--out", sandbox.folder / "out"]
+    assert sandbox.refused_or_done("report", sandbox.suite, *words).code == 0
+    page = (sandbox.folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)<|\]\(", page)
+    assert len({line.count(" | ") for line in page.splitlines() if line.startswith("| ")}) == 1
+    # pictures are drawn of what has scores
+    document = json.loads(DOCUMENT)
+    for row in document["rows"]:
+        row |= {"student": name, "teacher": name}
+    theirs = sandbox.folder / "theirs"
+    theirs.mkdir()
+    (theirs / "results.json").write_text(json.dumps(document), encoding="utf-8")
+    assert sandbox.refused_or_done("report", theirs, "--out", sandbox.folder / "out").code == 0
+    assert not list((sandbox.folder / "out").rglob("*.html"))
