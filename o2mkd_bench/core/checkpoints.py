@@ -107,6 +107,7 @@ def read_checkpoint(
     noise = NoiseSchedule.from_scheduler_config(scheduler, where)
     prediction = scheduler.get("prediction_type", "epsilon")
     weights = weight_files(folder, where)
+    _check_headers(weights, where)
     facts = {
         "model": model,
         "schedule": noise.scheduler_config(),
@@ -139,7 +140,6 @@ def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
         mend = "convert them to safetensors (diffusers: save_pretrained with safe_serialization=True)"
         reason = f"only pickled weights ({others[0].name}); {mend}" if others else f"no weights; expected {WEIGHTS}"
         raise UserError(f"{where}: {folder} has {reason}")
-    _check_headers(found, where)
     if len(found) > 1 and not (folder / INDEX).is_file():
         several = ", ".join(file.name for file in found)
         raise UserError(f"{where}: {folder} has several weight files ({several}); keep one, or name it {WEIGHTS}")
