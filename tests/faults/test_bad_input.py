@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -91,7 +92,7 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.suite = folder, folder / "suite.yaml"
-        self.slowest = 0.0
+        self.slowest, self.ended = 0.0, Counter[int]()
 
     def call(self, *words: object) -> Ended:
         allowed = [self.folder / name for name in ("out", "store", "cache", "results", ".o2mkd")]
@@ -104,6 +105,7 @@ class Sandbox:
             signal.alarm(0)
         self.slowest = max(self.slowest, time.monotonic() - began)
         assert not GUARD.strays, (words, GUARD.strays)
+        self.ended[ended.code] += 1
         return ended
 
     def refused_or_done(self, *words: object) -> Ended:
@@ -117,8 +119,8 @@ class Sandbox:
 
 
 @pytest.fixture
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    folder = tmp_path_factory.mktemp("sandbox")
+def sandbox(tmp_path: Path, request: pytest.FixtureRequest, figure: Callable[[str], None]) -> Iterator[Sandbox]:
+    folder = tmp_path
 
     def begin(*_: object, **__: object) -> None:
         raise UserError(BEGUN)
@@ -138,9 +140,13 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
-        yield Sandbox(folder)
+        made = Sandbox(folder)
+        yield made
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, before)
+        if (calls := made.ended.total()) > 15:
+            codes = ", ".join(f"{number} x {code}" for code, number in sorted(made.ended.items()))
+            figure(f"{request.node.name}: {calls} command lines, exit codes {codes}, the slowest {made.slowest:.1f} s")
 
 
 # ---- suites ----------------------------------------------------------------------------------------------------------
