@@ -248,7 +248,7 @@ def _seconds(survey: Survey, names: tuple[str, ...]) -> tuple[float, int]:
 def picture_name(cell: Cell) -> str:
     """A file name for a cell's picture that a person can read."""
     words = [str(v) for v in cell.labels.values() if v not in ("", None)]
-    return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-").lower() + f"-{cell.identity[:6]}.png"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-").lower()[:150] + f"-{cell.identity[:6]}.png"
 
 
 def pictures(session: Session, out: Path, draw: Any, count: int = 64) -> None:

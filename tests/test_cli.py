@@ -226,10 +226,11 @@ def test_plan_as_json(there: Finished, call: Call, copied: Path) -> None:
     assert cells["half"]["status"] == "done"
     assert cells["half"]["nfe"] == 2
     assert [row["cell"] for row in there.document["rows"]] == [cell["cell"] for cell in document["cells"]]
-    teacher = next(stage["stage"] for stage in document["stages"] if stage["kind"] == "teacher")
-    Store(copied).discard(teacher, "for the test")
-    stages = json.loads(call("plan", there.suite, "--store", copied, "--json").out)["stages"]
-    assert [stage["state"] for stage in stages if stage["kind"] == "teacher"] == ["not needed"]
+    for kind, state in (("data", "not needed"), ("student", "to make")):
+        # a student's costs stand in its row
+        Store(copied).discard(next(one["stage"] for one in document["stages"] if one["kind"] == kind), "for the test")
+        stages = json.loads(call("plan", there.suite, "--store", copied, "--json").out)["stages"]
+        assert [one["state"] for one in stages if one["kind"] == kind] == [state]
 
 
 def test_status_says_why_a_cell_failed(there: Finished, call: Call, copied: Path) -> None:
@@ -388,6 +389,14 @@ def test_store_verify_finds_damage_and_run_mends_it(there: Finished, call: Call,
     assert code == 1
     assert "makes damaged artifacts anew" in one_line(err)
     assert call("run", there.suite, "--store", copied, "--out", tmp_path / "out").code == 0
+    assert call("store", "verify", "--store", copied).code == 0
+    unread = next(path for path in copied.glob("artifacts/*/*/ema.safetensors"))
+    content = bytearray(unread.read_bytes())
+    content[-1] ^= 1
+    unread.write_bytes(content)
+    assert "after `store verify --discard`" in one_line(call("store", "verify", "--store", copied).err)
+    assert call("store", "verify", "--discard", "--store", copied).code == 1
+    assert not unread.exists()
     assert call("store", "verify", "--store", copied).code == 0
 
 

@@ -1,12 +1,14 @@
 """The loop: which samples, what is noted, what is said, and what a kill cannot change."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_networks import TABLES
 from torch import nn
 
+from o2mkd_bench.core import disk
 from o2mkd_bench.core.blocks import Training
 from o2mkd_bench.core.errors import Diverged, StageFailed
 from o2mkd_bench.core.intervals import Interval, Law
@@ -117,6 +119,30 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(tmp_path, interval, stop
         assert torch.equal(value, second.ema.module.state_dict()[name])
 
 
+@pytest.mark.parametrize("cut", ["write_synced", "replace"])
+def test_a_kill_while_a_checkpoint_takes_its_place_leaves_the_one_before(tmp_path, monkeypatch, cut):
+    place = tmp_path / "c"
+    for text in ("one", "two"):
+        (tmp_path / "fresh").write_text(text)
+        disk.keep(tmp_path / "fresh", place)
+    (tmp_path / "fresh").write_text("three")
+    replace = Path.replace
+
+    def stop(path, *to):
+        if cut == "write_synced" or path.name == "fresh":
+            raise Stop
+        return replace(path, *to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((disk, "write_synced") if cut == "write_synced" else (Path, "replace")), stop)
+        with pytest.raises(Stop):
+            disk.keep(tmp_path / "fresh", place)
+    assert place.read_text() == "two"
+    assert disk.kept(place)
+    disk.keep(tmp_path / "fresh", place)
+    assert disk.kept(place)
+
+
 def test_checkpoints_are_written_when_due_and_seconds_add_up(tmp_path):
     now = iter(range(1000))
     learner, pull = make(steps=4)
@@ -129,13 +155,26 @@ def test_checkpoints_are_written_when_due_and_seconds_add_up(tmp_path):
     assert second.data() == first.data()
 
 
-def test_an_unreadable_checkpoint_is_said_and_passed_over(tmp_path):
-    (tmp_path / "c.safetensors").write_bytes(b"not a state")
+@pytest.mark.parametrize("damage", ["flip", "truncate", "another's", "no note"])
+def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, damage):
+    saved, other = tmp_path / "one" / "c.safetensors", tmp_path / "two"
+    saved.parent.mkdir()
+    learner, pull = make()
+    train(SOURCE, Member(learner, pull, ALL, Watch(checkpoint=saved, every=0.0)))
+    content = bytearray(saved.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 4
+        saved.write_bytes(content)
+    elif damage == "truncate":
+        saved.write_bytes(content[:-1])
+    elif damage == "another's":
+        saved = saved.parent.rename(other) / saved.name
+    else:
+        saved.with_name(f"{saved.name}.sha256").unlink()
     said = []
     learner, pull = make()
-    train(SOURCE, Member(learner, pull, ALL, Watch(say=said.append, checkpoint=tmp_path / "c.safetensors")))
-    assert len(said) == 1
-    assert "cannot be read" in said[0]
+    train(SOURCE, Member(learner, pull, ALL, Watch(say=said.append, checkpoint=saved)))
+    assert said == ["the checkpoint is damaged; training from the start"]
     whole, objective = make()
     train(SOURCE, Member(whole, objective, ALL))
     assert torch.equal(weights(whole), weights(learner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -205,8 +206,10 @@ def test_discard_of_nothing_is_nothing(store):
 
 
 def edit_manifest(store, **changes):
+    """Another manifest, whole in itself."""
     path = store.root / "artifacts" / "aa" / A / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    bare = json.dumps({**json.loads(path.read_text()), **changes, "digest": ""})
+    path.write_text(bare.replace('""', f'"{hashlib.sha256(bare.encode()).hexdigest()}"', 1))
 
 
 def test_damaged_manifests(store):
@@ -227,6 +230,30 @@ def test_file_names_stay_inside(name):
     fields = {"identity": A, "kind": "k", "label": "", "created": "", "spec": {}, "needs": {}, "meta": {}}
     with pytest.raises(ValueError, match="cannot be the name of a file"):
         Manifest(files={name: record}, **fields)
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(store):
+    put(store)
+    path = store.root / "artifacts" / "aa" / A / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises((CorruptArtifact, UserError)):
+            store.manifest(A)
+    path.write_bytes(content)
+    assert store.has(A)
+
+
+def test_manifests_of_version_1_have_no_digest_and_are_read(store):
+    put(store)
+    path = store.root / "artifacts" / "aa" / A / "manifest.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**found, "schema_version": 1}.items() if k != "digest"}))
+    assert store.has(A)
+    path.write_text(json.dumps({k: v for k, v in found.items() if k != "digest"}))
+    assert not store.has(A)
 
 
 def test_a_store_of_a_newer_version_is_not_overwritten(store):
@@ -511,9 +538,23 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(store, monkeypatch):
     assert not any(p.is_dir() for p in (store.root / "tmp").iterdir())
 
 
-def test_a_library_that_reports_a_full_disk_in_words_is_understood(store):
-    with pytest.raises(UserError, match="full disk"), store.guard():
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "full disk"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "file too large"),
+        (OSError("40960 requested and 8872 written"), "full disk"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+    ],
+)
+def test_a_library_that_reports_a_full_disk_in_words_is_understood(store, error, said):
+    with pytest.raises(UserError, match=said), store.guard():
+        raise error
+
+
+def test_a_library_that_could_not_read_is_not_understood_as_a_full_disk(store):
+    with pytest.raises(RuntimeError), store.guard():
+        raise RuntimeError("Error while deserializing: I/O error: No such file or directory (os error 2)")
 
 
 def test_troubles_elsewhere_are_not_blamed_on_the_store(store, tmp_path):

@@ -262,6 +262,12 @@ def test_tampered_streams(store, there, dest, tamper, message):
     assert not list((there.root / "tmp").glob("*"))
 
 
+def sealed(manifest):
+    """What a hostile hand would write: a manifest that is whole in itself."""
+    bare = json.dumps({**manifest, "digest": ""} if manifest else {})
+    return bare.replace('""', f'"{hashlib.sha256(bare.encode()).hexdigest()}"', 1).encode()
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -275,7 +281,7 @@ def test_tampered_manifests(store, there, dest, edit, message):
     export_artifacts(store, [A], dest, 1 << 20)
     content = members(dest)
     new = edit(json.loads(content[0][1]))
-    text = content[0][1].replace(b"student", b"teacher") if new is None else json.dumps(new).encode()
+    text = content[0][1].replace(b"student", b"teacher") if new is None else sealed(new)
     repack(dest, change("manifest.json", text)(content))
     if new is not None:
         index = json.loads((dest / "index.json").read_text())

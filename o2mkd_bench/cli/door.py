@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ from .store import app as store
 
 PROGRAM = "o2mkd-bench"
 FAILED, WRONG, BUG, INTERRUPTED = 1, 2, 70, 130
+LONGEST = 2000
 
 app = typer.Typer(
     name=PROGRAM,
@@ -76,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that lacks a letter shows another, and so does a path that is no text
+            stream.reconfigure(errors="replace")
     try:
         code = _run(words or ["--help"])
         sys.stdout.flush()
@@ -121,5 +127,8 @@ def _usage(error: Exception) -> str | None:
 
 
 def _complain(what: object, code: int) -> int:
+    # what a suite or a library says in it could be lines, or orders to a terminal
+    words = " ".join(str(what).split())
+    what = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words[:LONGEST]) + "…" * (len(words) > LONGEST)
     print(f"error: {what}" if code != INTERRUPTED else what, file=sys.stderr)
     return code

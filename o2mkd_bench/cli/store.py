@@ -82,8 +82,13 @@ def gc(
 
 
 @app.command()
-def verify(store: StoreDir = None) -> None:
+def verify(
+    store: StoreDir = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Put damaged artifacts aside.")] = False,
+) -> None:
     """Read every file in the store and compare it with its hash; exit code 1 where something is damaged.
+
+    A run reads only what it needs; `--discard` makes it miss, and make anew, what else is damaged.
 
     Example: `o2mkd-bench store verify`
     """
@@ -93,8 +98,13 @@ def verify(store: StoreDir = None) -> None:
     damaged = place.verify()
     for error in damaged:
         print(error)
+        if discard:
+            place.discard(error.identity, error.reason)
     if damaged:
-        print(f"{counted(len(damaged), 'artifact')} damaged; `run` of their suites makes them anew", file=sys.stderr)
+        when = "" if discard else " as it meets them, and all after `store verify --discard`"
+        print(
+            f"{counted(len(damaged), 'artifact')} damaged; `run` of their suites makes them anew{when}", file=sys.stderr
+        )
         raise typer.Exit(1)
     print(f"{counted(len(place.ls()), 'artifact')} sound")
 

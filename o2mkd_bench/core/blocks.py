@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,9 +15,11 @@ from .complaints import not_allowed, wanted
 from .grid import Spacing
 from .options import Options, neutral
 from .program import Clip
-from .schedule import Prediction
+from .schedule import MOST_TIMESTEPS, Prediction
 
-_COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmM]?)")
+# sizes beyond which a suite is a mistake, and would be one that takes long to plan
+MOST, MOST_STEPS = 10**12, 100
+_COUNT = re.compile(r"(\d[\d_]{0,30}(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmM]?)")
 _SCALE = {"": 1, "k": 1000, "m": 1_000_000}
 
 
@@ -24,16 +27,33 @@ def _count(value: Any) -> int:
     parts = _COUNT.fullmatch(str(value).strip())
     if parts is not None and not isinstance(value, bool):
         number = Fraction(parts[1]) * _SCALE[parts[2].lower()]
+        if number > MOST:
+            raise ValueError(wanted(f"at most {MOST}", value))
         if number.denominator == 1 and number > 0:
             return int(number)
     raise ValueError(wanted("a whole number above 0, such as 1500, 50k or 2M", value))
 
 
 def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    seen = set()
     for value in values:
-        if values.count(value) > 1:
+        if value in seen:
             raise ValueError(f"{value!r} stands here twice; keep one")
+        seen.add(value)
     return values
+
+
+def printable(value: str) -> str:
+    """``value``, or ValueError where it holds what a terminal or a table would obey, or is too long to read."""
+    if not value.isprintable() or len(value) > 200:
+        raise ValueError(wanted("one line of at most 200 letters that can be printed", value))
+    return value
+
+
+def _folder(value: str) -> str:
+    if re.search(r"[/\\:]", value) or value.startswith(".") or len(os.fsencode(value)) > 200:
+        raise ValueError(wanted("a name that a folder can have, without / \\ : and no dot at its start", value))
+    return value
 
 
 def _device(value: str) -> str:
@@ -69,6 +89,8 @@ Auto = Annotated[
     BeforeValidator(lambda value: value if value == "auto" else _count(value)),
     WithJsonSchema({"anyOf": [*_COUNT_SCHEMA["anyOf"], {"const": "auto"}]}),
 ]
+Name = Annotated[str, Field(min_length=1), AfterValidator(printable)]
+FolderName = Annotated[Name, AfterValidator(_folder)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -88,16 +110,22 @@ Compile = Annotated[
 Baseline = Literal["equal_total", "per_student"]
 UNIQUE = AfterValidator(_unique)
 _LADDER_SCHEMA = {"anyOf": [*_COUNT_SCHEMA["anyOf"], {"type": "array", "items": _COUNT_SCHEMA}]}
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), UNIQUE]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), UNIQUE]
 Steps = Annotated[
     tuple[Count, ...],
     BeforeValidator(_one_or_more),
-    Field(min_length=1),
+    Field(min_length=1, max_length=MOST_STEPS),
     UNIQUE,
     WithJsonSchema({"anyOf": [_COUNT_SCHEMA, {"type": "array", "items": _COUNT_SCHEMA, "minItems": 1}]}),
 ]
 
-Ladder = Annotated[tuple[Count, ...], BeforeValidator(_one_or_more), UNIQUE, WithJsonSchema(_LADDER_SCHEMA)]
+Ladder = Annotated[
+    tuple[Count, ...],
+    BeforeValidator(_one_or_more),
+    Field(max_length=MOST_STEPS),
+    UNIQUE,
+    WithJsonSchema(_LADDER_SCHEMA),
+]
 
 
 class Block(Options):
@@ -118,7 +146,7 @@ class TrainingOverride(Block):
     batch: Count | None = None
     ema: Share | None = None
     clip: Positive | None = None
-    group: Annotated[int, Field(ge=3)] | None = None
+    group: Annotated[int, Field(ge=3, le=MOST)] | None = None
     micro_batch: Count | None = None
 
 
@@ -144,7 +172,7 @@ class Training(Block):
     batch: Count = 128
     ema: Share = 0.05
     clip: Positive | None = 1.0
-    group: Annotated[int, Field(ge=3)] = 32
+    group: Annotated[int, Field(ge=3, le=MOST)] = 32
     micro_batch: Count | None = None
 
     def merged(self, *overrides: TrainingOverride) -> Training:
@@ -164,7 +192,7 @@ class Schedule(Block):
     kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    timesteps: Annotated[int, Field(ge=2)] = 1000
+    timesteps: Annotated[int, Field(ge=2, le=MOST_TIMESTEPS)] = 1000
 
 
 class Expect(Block):
@@ -197,9 +225,9 @@ class StudentEntry(Block):
         prediction: what it predicts; null is the teacher's.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    width: Positive = 1.0
-    blocks: Annotated[int, Field(ge=1)] | None = None
+    name: Name
+    width: Annotated[Positive, Field(le=64)] = 1.0
+    blocks: Annotated[int, Field(ge=1, le=64)] | None = None
     config: (
         Annotated[dict[str, Any], WithJsonSchema({"type": ["object", "string"], "description": "or a path"})] | None
     ) = None
@@ -257,7 +285,7 @@ class Probe(Block):
 class Budget(Block):
     """How many images a job may see; ``50k`` is short for ``{images: 50k}``."""
 
-    name: Annotated[str, Field(min_length=1)] | None = None
+    name: Name | None = None
     images: Count
 
     @model_validator(mode="before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from .suite import Budget, MethodEntry, Rule, StudentEntry, Suite, TeacherEntry,
 from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_steps
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
+
+MOST_CELLS = 20_000
 
 Labels = Mapping[str, Any]
 Rows = tuple[tuple[Draw, Labels], ...]
@@ -68,10 +71,22 @@ def build(
     Raises:
         UserError: when the suite cannot be planned, or nothing is left of it.
     """
+    _check_size(suite)
     plan = Builder(suite, machine, locate, registry or default_registry(), edges).build(only)
     if not plan.cells:
         raise UserError(f"{at(suite, 'include')}: no cell is left after include, exclude and --only; relax one of them")
     return plan
+
+
+def _check_size(suite: Suite) -> None:
+    """Raise UserError for a grid that nobody can run, and that takes long to plan."""
+    axes = (suite.teachers, suite.students, suite.methods, suite.wrappers, suite.budgets, suite.seeds)
+    draws = sum(len(entry.steps) for entry in suite.samplers) * len(suite.sampling.weights)
+    if (cells := math.prod(map(len, axes)) * draws) > MOST_CELLS:
+        raise UserError(
+            f"{at(suite, 'the grid')} has {cells} cells before include and exclude, and at most {MOST_CELLS} can be "
+            "planned; make several suites of it"
+        )
 
 
 class Builder:

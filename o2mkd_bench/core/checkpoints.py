@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from .disk import read_text
 from .errors import UserError
 from .fingerprint import content_hash
 from .identity import identity
@@ -16,6 +17,8 @@ from .plugins import BUILTIN, Plugin, registry
 from .schedule import NoiseSchedule, Prediction
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# of a JSON file beside weights; the index of a sharded network names every tensor
+LARGEST = 64 << 20
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = "diffusion_pytorch_model.bin"
 """Weights from before safetensors; the engine reads the tensors in them and runs nothing else."""
@@ -117,6 +120,7 @@ def read_checkpoint(
     noise = NoiseSchedule.from_scheduler_config(scheduler, where)
     prediction = scheduler.get("prediction_type", "epsilon")
     weights = weight_files(folder, where, pickled=True)
+    _check_headers([*weights, *codec.values()], where)
     facts = {
         "model": model,
         "schedule": noise.scheduler_config(),
@@ -165,7 +169,10 @@ def weight_files(folder: Path, where: str, pickled: bool = False) -> tuple[Path,
         UserError: when there are none, several that no index joins, or a shard is missing.
     """
     if (folder / INDEX).is_file():
-        names = sorted(set(_json(folder / INDEX, where).get("weight_map", {}).values()))
+        mapped = _json(folder / INDEX, where).get("weight_map")
+        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+            raise UserError(f"{where}: {folder / INDEX} has no weight_map of names to files; copy or save it again")
+        names = sorted(set(mapped.values()))
         if strays := [n for n in names if Path(n).name != n or not (folder / n).is_file()]:
             raise UserError(f"{where}: {folder / INDEX} names {strays[0]}, which is not in {folder}; copy it there")
         found = [folder / name for name in names]
@@ -184,6 +191,18 @@ def weight_files(folder: Path, where: str, pickled: bool = False) -> tuple[Path,
         several = ", ".join(file.name for file in found)
         raise UserError(f"{where}: {folder} has several weight files ({several}); keep one, or name it {WEIGHTS}")
     return tuple(found)
+
+
+def _check_headers(files: Iterable[Path], where: str) -> None:
+    """Raise UserError unless safetensors begin as such do, and hold what their headers say; no tensor is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{where}: {file} cannot be read as safetensors ({error}); copy it again") from error
 
 
 def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
@@ -289,8 +308,13 @@ def _pixels(model: Mapping[str, Any], codec: Mapping[str, Path], where: str) -> 
     size = model.get("sample_size")
     if not codec or not isinstance(size, int):
         return size if isinstance(size, int) else None
+    levels = _json(codec["vae/config.json"], where).get("block_out_channels", [0])
+    if not isinstance(levels, list) or not 0 < len(levels) < 16:
+        raise UserError(
+            f"{where}: block_out_channels of {codec['vae/config.json']} is no list of levels; copy it again"
+        )
     # each level of the autoencoder but the last halves the side
-    return size << (len(_json(codec["vae/config.json"], where).get("block_out_channels", [0])) - 1)
+    return size << (len(levels) - 1)
 
 
 def _check_pipeline(path: Path, where: str) -> None:
@@ -367,10 +391,10 @@ def _config(file: Path, where: str) -> dict[str, Any]:
 
 def _json(file: Path, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file, LARGEST))
     except FileNotFoundError:
         raise UserError(f"{where}: {file} is missing; give the path of a diffusers pipeline or network") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {file} cannot be read as JSON ({error}); copy or save it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: {file} is no JSON object; copy or save it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,16 @@ from pathlib import Path
 
 from .errors import StoreError
 from .manifest import FileRecord, check_file_name
+
+# beside what is forbidden: a limit on the size of files, a broken disk, a path that no file system takes
+UNWRITABLE = frozenset(
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+)
+
+
+# how safetensors and numpy say that a file could not be written
+_SERIALIZING = re.compile(r"(?<!de)serializing: .*\(os error (\d+)\)")
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 
 
 @contextmanager
@@ -26,7 +37,7 @@ def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
         code = _trouble(error, place)
         if code in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{what} {place} is on a full disk; free space there or {elsewhere}") from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in UNWRITABLE or (code == errno.ENOENT and not place.is_dir()):
             reason = os.strerror(code).lower()
             raise StoreError(f"{what} {place} cannot be written ({reason}); make it writable or {elsewhere}") from error
         if code in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
@@ -36,8 +47,10 @@ def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
 
 def _trouble(error: Exception, place: Path) -> int | None:
     """The errno of an error that is about ``place``, a folder above it or something below it; else None."""
-    if not isinstance(error, OSError):
-        return errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
+    if not isinstance(error, OSError) or error.errno is None:
+        said = _SERIALIZING.search(str(error))
+        full = os.strerror(errno.ENOSPC) in str(error) or _CUT_SHORT.fullmatch(str(error))
+        return int(said[1]) if said else errno.ENOSPC if full else None
     if isinstance(error.filename, str | bytes | os.PathLike):
         path = Path(os.path.abspath(os.fsdecode(error.filename)))
         if not (path.is_relative_to(place) or place.is_relative_to(path)):
@@ -72,6 +85,50 @@ def write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def keep(fresh: Path, place: Path) -> None:
+    """Put the file ``fresh``, which is on the disk, in its ``place``; :func:`kept` notices what happens to it there.
+
+    A kill at any moment leaves the file that was there, or this one, and a note that knows both.
+    """
+    note = _note(place)
+    known = note.read_text(encoding="utf-8").split()[-1:] if note.exists() else []
+    draft = note.with_name(f"{note.name}.part")
+    write_synced(draft, "\n".join([*known, _mark(fresh, place)]))
+    draft.replace(note)
+    fresh.replace(place)
+
+
+def kept(place: Path) -> bool:
+    """Whether the file in ``place`` is what :func:`keep` has put there."""
+    try:
+        return _mark(place, place) in _note(place).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return False
+
+
+def _note(place: Path) -> Path:
+    return place.with_name(f"{place.name}.sha256")
+
+
+def _mark(path: Path, place: Path) -> str:
+    """The hash of a file that lies, or will lie, in ``place``; that of one stage is never taken for another's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha256(place.parent.name.encode())).hexdigest()
+
+
+def read_text(path: Path, limit: int = 1 << 20) -> str:
+    """A text file in UTF-8 of at most ``limit`` bytes, so that neither a device nor a mistake fills the memory.
+
+    Raises:
+        OSError, UnicodeDecodeError: also for a file that is larger.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit >> 10} KiB", str(path))
+    return content.decode("utf-8")
 
 
 def sync(folder: Path) -> None:

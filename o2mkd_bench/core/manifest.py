@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def check_identity(value: str) -> str:
@@ -41,6 +42,7 @@ class Manifest(BaseModel):
     """What an artifact is, what it was made from, and which files it has.
 
     Attributes:
+        digest: SHA-256 of the file without it, as :meth:`text` writes it; manifests of version 1 have none.
         created: UTC, ISO 8601.
         files: by name, a relative POSIX path below the artifact.
         spec: the stage's resolved description, JSON data in the canonical form of ``identity.plain``.
@@ -50,6 +52,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
+    digest: str = ""
     schema_version: int = SCHEMA_VERSION
     identity: Annotated[str, AfterValidator(check_identity)]
     kind: str
@@ -59,3 +62,21 @@ class Manifest(BaseModel):
     spec: dict[str, Any]
     needs: dict[str, tuple[str, ...]]
     meta: dict[str, Any]
+
+    def text(self) -> str:
+        """The manifest as its file holds it, in the present version, with the digest that no flipped bit escapes."""
+        bare = self.model_copy(update={"digest": "", "schema_version": SCHEMA_VERSION}).model_dump_json(indent=2)
+        return bare.replace('""', f'"{hashlib.sha256(bare.encode()).hexdigest()}"', 1)
+
+    @classmethod
+    def parse(cls, content: bytes) -> Manifest:
+        """The manifest in a file.
+
+        Raises:
+            ValueError: when the file is not what :meth:`text` wrote, or cannot be a manifest.
+        """
+        manifest = cls.model_validate_json(content)
+        found = hashlib.sha256(content.replace(manifest.digest.encode(), b"", 1)).hexdigest()
+        if manifest.digest != (found if manifest.schema_version > 1 else ""):
+            raise ValueError("the manifest is not what was written")
+        return manifest

@@ -199,4 +199,6 @@ class Plan:
     def wanted(self) -> list[str]:
         """The stages that cells, references and expectations ask for by name."""
         ends = [i for cell in self.cells for i in cell.stages()]
+        # what networks cost stands in the rows, also of those that have drawn all their images
+        ends += [i for cell in self.cells if cell.trained is not None for i in cell.trained.students]
         return [*(r["score"] for r in self.references), *(e.loss for e in self.expectations), *ends]

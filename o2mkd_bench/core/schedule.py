@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 
+MOST_TIMESTEPS = 100_000
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -46,7 +47,18 @@ class NoiseSchedule:
             raise UserError(
                 f"{where}: beta_schedule {kind!r} is not known; use linear, scaled_linear or squaredcos_cap_v2"
             )
-        timesteps = int(config.get("num_train_timesteps", 1000))
+        timesteps = config.get("num_train_timesteps", 1000)
+        if not isinstance(timesteps, int) or not 2 <= timesteps <= MOST_TIMESTEPS:
+            raise UserError(
+                f"{where}: num_train_timesteps is {str(timesteps)[:40]}; give a whole number from 2 to {MOST_TIMESTEPS}"
+            )
+        ends = [config.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))]
+        if not all(_is_beta(value) for value in (*ends, *(betas if isinstance(betas, list | tuple) else ()))):
+            raise UserError(
+                f"{where}: beta_start, beta_end and trained_betas are numbers between 0 and 1; correct them"
+            )
+        if betas is not None and not isinstance(betas, list | tuple):
+            raise UserError(f"{where}: trained_betas must be a list of numbers; correct it")
         if betas is not None and len(betas) != timesteps:
             raise UserError(
                 f"{where}: trained_betas has {len(betas)} entries and num_train_timesteps is {timesteps}; correct one"
@@ -55,8 +67,8 @@ class NoiseSchedule:
             raise UserError(f"{where}: rescale_betas_zero_snr is not supported; set it to false")
         return cls(
             kind=kind,
-            beta_start=float(config.get("beta_start", 1e-4)),
-            beta_end=float(config.get("beta_end", 0.02)),
+            beta_start=float(ends[0]),
+            beta_end=float(ends[1]),
             timesteps=timesteps,
             trained_betas=None if betas is None else tuple(float(b) for b in betas),
         )
@@ -108,3 +120,7 @@ class NoiseSchedule:
     def log_snr(self) -> NDArray[np.float64]:
         """log(alpha^2 / sigma^2), shape (T,), natural logarithm, strictly decreasing."""
         return np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)
+
+
+def _is_beta(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1

@@ -12,11 +12,15 @@ from typing import Any
 import yaml
 
 from .complaints import near, wanted
+from .disk import read_text
 from .errors import UserError
 
 Key = str | int
 BESIDE_PLUGIN = frozenset({"label", "training", "spacing", "clip"})
 """Keys of a list item that stand beside the plugin's name and therefore do not name the item."""
+
+# Far beyond what a person writes, and little to read: aliases and merge keys can mean far more than they say.
+VALUES, DEPTH, LINKS = 100_000, 50, 20
 
 _MERGE, _STR = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _MAP, _SEQ = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
@@ -113,7 +117,9 @@ def show(root: Node, path: Sequence[Key]) -> str:
             if following not in names:
                 parts.append(str(key))
         else:
-            parts.append(names[0] if names else str(key))
+            # a name that nobody can read on one line is no help
+            readable = bool(names) and len(names[0]) <= 60 and names[0].isprintable()
+            parts.append(names[0] if readable else str(key))
     return ".".join(parts)
 
 
@@ -124,6 +130,7 @@ class _Reader:
         self.file, self.numbered = file, numbered
         self.loader = yaml.SafeLoader(text)
         self.open: set[int] = set()
+        self.values = 0
 
     def read(self) -> Node:
         node = self.loader.get_single_node()
@@ -135,6 +142,10 @@ class _Reader:
         return Origin(self.file, node.start_mark.line + 1 if self.numbered else 0)
 
     def convert(self, node: yaml.Node) -> Any:
+        self.values += 1
+        if self.values > VALUES or len(self.open) > DEPTH:
+            much = f"more than {VALUES} values" if self.values > VALUES else f"more than {DEPTH} levels"
+            raise UserError(f"{self.origin(node)}: with its aliases the YAML has {much}; write a smaller suite")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if node.tag not in (_MAP, _SEQ):
@@ -162,6 +173,7 @@ class _Reader:
                     if not isinstance(merged, dict):
                         raise UserError(f"{self.origin(key)}: << must be given a mapping, or a list of mappings")
                     inherited = {**merged, **inherited}
+                    self.values += len(merged)
                 continue
             if key.value in own:
                 first = own[key.value].origin
@@ -205,6 +217,8 @@ def parse(text: str, file: str, numbered: bool = True) -> Node:
     """
     try:
         return _Reader(text, file, numbered).read()
+    except RecursionError:
+        raise UserError(f"{file}: the YAML has more than {DEPTH} levels; write a smaller suite") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Origin(file, mark.line + 1 if mark and numbered else 0)
@@ -242,6 +256,8 @@ def extend(root: Node, folder: Path, chain: tuple[Path, ...] = ()) -> Node:
         raise UserError(f"{given.origin}: extends: {wanted('the path of another suite file', given.value)}")
     path = Path(os.path.normpath(folder / given.value))
     links = [*chain, path]
+    if len(links) > LINKS:
+        raise UserError(f"{given.origin}: extends: this is a chain of more than {LINKS} files; merge some of them")
     if any(os.path.realpath(path) == os.path.realpath(seen) for seen in chain):
         circle = " -> ".join(link.name for link in links)
         raise UserError(f"{given.origin}: extends: {circle} is a circle; take one of the links out")
@@ -252,15 +268,15 @@ def extend(root: Node, folder: Path, chain: tuple[Path, ...] = ()) -> Node:
 
 def _read_one(path: Path, where: str) -> Node:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         hint = near(path.name, [p.name for p in folder.glob("*.y*ml")])
         raise UserError(f"{where}: there is no such file{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: this is not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{where}: the file cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: the file cannot be read: {getattr(error, 'strerror', error)}") from error
     node = parse(text, str(path))
     if not isinstance(node.value, dict):
         raise UserError(f"{where}: a suite must be a mapping of keys such as name, datasets and teachers")

@@ -22,7 +22,6 @@ from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from .disk import guarded, remove, renamed, seal, sync, write_synced
 from .errors import CorruptArtifact, UserError
@@ -76,11 +75,12 @@ class Store:
             CorruptArtifact: when it is absent, no manifest, or that of another artifact.
             UserError: when a newer o2mkd-bench wrote it.
         """
+        path = self._place(id) / MANIFEST
         try:
-            manifest = Manifest.model_validate_json((self._place(id) / MANIFEST).read_bytes())
+            manifest = Manifest.parse(path.read_bytes())
         except OSError as error:
             raise CorruptArtifact(id, f"its manifest cannot be read ({error.strerror})") from error
-        except ValidationError as error:
+        except ValueError as error:
             raise CorruptArtifact(id, "its manifest is damaged") from error
         if manifest.schema_version > SCHEMA_VERSION:
             raise UserError(
@@ -313,7 +313,7 @@ class Store:
 
     def _commit(self, folder: Path, manifest: Manifest) -> None:
         """Put a sealed draft in its place unless a complete artifact is there."""
-        write_synced(folder / MANIFEST, manifest.model_dump_json(indent=2))
+        write_synced(folder / MANIFEST, manifest.text())
         sync(folder)
         place = self._place(manifest.identity)
         place.parent.mkdir(parents=True, exist_ok=True)

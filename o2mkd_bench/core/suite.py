@@ -20,6 +20,8 @@ from .blocks import (
     Count,
     Device,
     Expect,
+    FolderName,
+    Name,
     Probe,
     Rule,
     Sampling,
@@ -34,6 +36,7 @@ from .blocks import (
     any_match,
 )
 from .complaints import near, wanted
+from .disk import read_text
 from .grid import Spacing
 from .options import neutral
 from .plugins import Registry
@@ -86,7 +89,7 @@ class TeacherEntry(Block):
         expect: what it should score; a teacher that is far from it is not trained from.
     """
 
-    name: Annotated[str, SOME]
+    name: Name
     dataset: str = ""
     train: TeacherTrain | None = None
     path: Annotated[str, SOME] | None = None
@@ -144,7 +147,7 @@ class Suite(Block):
         checkpoint_activations: students compute activations twice instead of keeping them.
     """
 
-    name: Annotated[str, SOME]
+    name: FolderName
     description: str = neutral("")
     seeds: Seeds = (0,)
     device: Device = neutral("auto")
@@ -332,8 +335,8 @@ class _Expansion:
         file = self.base / raw["config"]
         try:
             # identities hash the architecture itself, never where its file lies
-            return {**raw, "config": json.loads(file.read_text(encoding="utf-8"))}
-        except (OSError, ValueError) as error:
+            return {**raw, "config": json.loads(read_text(file))}
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"it is not JSON ({error})"
             self.problems.add((*path, "config"), f"{file} cannot be read: {reason}")
             return raw

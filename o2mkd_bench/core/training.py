@@ -230,7 +230,15 @@ class Trainer:
         """The architecture of a job, which must be that of what it starts from."""
         where = at(self.suite, f"students.{recipe.student.name}")
         teacher = recipe.teacher
-        config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
+        try:
+            config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
+        except UserError:
+            raise
+        except Exception as error:  # the teacher's config may be anybody's
+            raise UserError(
+                f"{where}: no student can be derived from the config of teacher {teacher.name} "
+                f"({type(error).__name__}: {error}); correct the teacher's config.json"
+            ) from error
         before = configs.get(job.start)
         if self._origin(recipe, job) == "teacher":
             asked = where if recipe.student.init == "teacher" else f"{where}: wrappers.{recipe.wrapper.label}"

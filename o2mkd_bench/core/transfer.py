@@ -129,7 +129,7 @@ def import_artifacts(store: Store, src: Path) -> list[str]:
 def _pack(store: Store, id: str, tar: tarfile.TarFile) -> dict[str, FileRecord]:
     """Append one artifact to the stream; what each of its members is."""
     manifest = store.manifest(id)
-    text = manifest.model_dump_json(indent=2).encode()
+    text = manifest.text().encode()
     tar.addfile(_member(f"{id}/{MANIFEST}", len(text)), io.BytesIO(text))
     for name, file in manifest.files.items():
         with store.read(id, name).open("rb") as content:
@@ -166,8 +166,8 @@ def _unpack_manifest(id: str, expected: FileRecord | None, tar: tarfile.TarFile,
     if hashlib.sha256(text).hexdigest() != expected.sha256:
         raise CorruptArtifact(id, f"{MANIFEST} is not what {INDEX} says")
     try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
+        manifest = Manifest.parse(text)
+    except ValueError as error:
         raise CorruptArtifact(id, "its manifest is damaged") from error
     if manifest.identity != id:
         raise CorruptArtifact(id, f"its manifest is that of {manifest.identity}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import InstanceOf, TypeAdapter, ValidationError, WithJsonSchema
 
 from . import source
-from .blocks import Steps
+from .blocks import Steps, printable
 from .complaints import complaints, joined, near, unknown_key, wanted
 from .errors import PluginError, UserError
 from .options import Options
@@ -111,7 +111,11 @@ class Uses:
         except UserError as error:
             self.problems.add(path, str(error), plugin=isinstance(error, PluginError))
             return None
-        return Use(plugin.name, options, plugin, label or written + _given(options))
+        label = label or written + _given(options)
+        if not label.isprintable():
+            self.problems.add(path, wanted("text that can be printed", label))
+            return None
+        return Use(plugin.name, options, plugin, label)
 
     def entry(self, axis: str, raw: Any, path: Path) -> dict[str, Any] | None:
         """An entry of ``axis`` as ``{uses: [...], label: ..., **what stands beside}``, and ``steps`` for a sampler."""
@@ -126,6 +130,11 @@ class Uses:
         if label is not None and not isinstance(label, str):
             self.problems.add((*path, "label"), wanted("text (put it in quotes)", label))
             label = None
+        elif label is not None:
+            try:
+                printable(label)
+            except ValueError as error:
+                self.problems.add((*path, "label"), str(error))
         uses = [self.use(KIND_OF_AXIS[axis], entry, label if len(entries) == 1 else None) for entry in entries]
         made = [use for use in uses if use is not None]
         return {"uses": made, "label": label or "+".join(use.label for use in made), **beside, **extra}

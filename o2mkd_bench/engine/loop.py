@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from ..core.disk import keep, kept
 from ..core.errors import Diverged
 from ..core.intervals import Interval
 from .learner import Learner
@@ -99,11 +99,10 @@ class Member:
         path = self.watch.checkpoint
         if path is None or not path.exists():
             return
-        try:
-            self.log = Log(**self.learner.load(path, resume=True))
-        except SafetensorError as error:
-            self.watch.say(f"the checkpoint cannot be read ({error}); training from the start")
+        if not kept(path):
+            self.watch.say("the checkpoint is damaged; training from the start")
             return
+        self.log = Log(**self.learner.load(path, resume=True))
         self.watch.say(f"going on at step {self.learner.position} of {self.learner.course.steps}")
 
     def take(self, view: View | None, rows: Tensor, group: int, seed: int) -> None:
@@ -154,7 +153,9 @@ class Member:
     def save(self) -> None:
         if self.watch.checkpoint is not None:
             extra = {**self.log.data(), "seconds": self.log.seconds, "shared_with": self.log.shared_with}
-            self.learner.save(self.watch.checkpoint, extra)
+            fresh = self.watch.checkpoint.with_suffix(".fresh")
+            self.learner.save(fresh, extra)
+            keep(fresh, self.watch.checkpoint)
 
     def park(self) -> None:
         """Leave everything where it can be gone on from; what was cut in the middle goes on from before."""

@@ -119,6 +119,9 @@ def load_checkpoint(checkpoint: Checkpoint, family: ModelFamily) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         network = family.build(checkpoint.model)
     load_weights(network, checkpoint.weights)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{checkpoint.folder}: values of {name} are not finite; save the weights again")
     return network.eval()
 
 

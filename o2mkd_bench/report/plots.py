@@ -27,6 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 _STYLE: Any = {
     "font.size": 9,
+    # a name with $ is a name
+    "text.parse_math": False,
     "axes.titlesize": 10,
     "axes.grid": True,
     "grid.color": "#e4e4e4",

@@ -71,7 +71,7 @@ def shared(value: Any) -> Any:
 
 def markdown_text(value: Any) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"[|*<>`\\]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(value).split()))
+    return re.sub(r"[|*<>`\\]|(?<=\])\(|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(value).split()))
 
 
 def si_listed(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -11,15 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.disk import guarded
 from ..core.errors import UserError
 from .frame import write_csv
 from .lines import Results
 from .plots import per_timestep, quality_vs_speed
+from .shape import complaint
 from .tables import markdown
 from .text import finite
 
 SCHEMA_VERSION = 1
 PICTURE = re.compile(r"samples/[^/]+\.png")
+# whose the files beside their place are: this machine's, then the process'
+_OURS = f".report-{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}-"
 RUN_KEYS = ("schema_version", "suite", "created", "machine", "versions", "git_commit")
 
 
@@ -32,11 +37,19 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
     more are removed.
 
     Raises:
-        UserError: when the results mix protocols in one column; ``out`` is then as it was.
+        UserError: when the results mix protocols in one column, or the folder cannot be written; ``out`` is then as it
+            was.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()
+    with guarded(out, "the results folder", "choose another with --out DIR"):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(results, out, pictures)
+
+
+def _write(results: Results, out: Path, pictures: Callable[[Path], None] | None) -> None:
+    _clear_away(out)
     stale = _pictures_in(out) - _pictures(results)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{_OURS}{os.getpid()}-", dir=out) as name:
         folder = Path(name)
         if pictures is not None:
             pictures(folder)
@@ -67,6 +80,27 @@ def copied(results: Results, folders: Sequence[Path]) -> Callable[[Path], None]:
     return pictures
 
 
+def _clear_away(out: Path) -> None:
+    """Remove what runs on this machine that were killed while they wrote have left."""
+    for path in out.glob(f"{_OURS}*-*"):
+        pid = path.name.removeprefix(_OURS).partition("-")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        # a signal of 0 is no question there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _pictures(results: Results) -> set[str]:
     """The sample grids that rows name; only those below ``samples/``, whatever a document says."""
     named = {str(row.get("samples") or "") for row in results["rows"]}
@@ -91,7 +125,9 @@ def read(folder: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not there; name a folder that a run has written its results to") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); write it again with a run of its suite") from None
     version = results.get("schema_version") if isinstance(results, dict) else None
     if not isinstance(version, int) or not isinstance(results.get("rows"), list):
@@ -101,6 +137,8 @@ def read(folder: Path) -> dict[str, Any]:
             f"{path} has schema_version {version} and this version reads {SCHEMA_VERSION}; "
             f"{'upgrade o2mkd-bench' if version > SCHEMA_VERSION else 'write it again with a run of its suite'}"
         )
+    if wrong := complaint(results):
+        raise UserError(f"{path} is no results document ({wrong}); write it again with a run of its suite")
     return dict(results)
 
 

@@ -8,6 +8,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,20 +109,26 @@ class Lmdb(Archive):
         return content_hash(self.path / "data.mdb")
 
     def __len__(self) -> int:
-        with self._open() as env:
+        with self._open() as env, self._sound():
             return int(env.stat()["entries"])
 
     def chosen(self, mask: Mask) -> Iterator[tuple[bytes | Path, str]]:
-        with self._open() as env, env.begin() as transaction:
+        with self._open() as env, self._sound(), env.begin() as transaction:
             for (name, value), wanted in zip(transaction.cursor(), mask, strict=True):
                 if wanted:
                     yield value, f"{self.path}:{name.decode(errors='replace')}"
 
     def _open(self) -> Any:
         lmdb = package("lmdb", "lsun", f"{self.key}.root: {self.path} is an lmdb")
-        try:
+        with self._sound():
             # no lock and no file is made, so that it may lie on a read-only disk
             return lmdb.open(str(self.path), readonly=True, lock=False, create=False, readahead=False)
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        lmdb = package("lmdb", "lsun", f"{self.key}.root: {self.path} is an lmdb")
+        try:
+            yield
         except lmdb.Error as error:
             raise UserError(
                 f"{self.key}.root: {self.path} cannot be read as an lmdb ({error}); unpack it again"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import pickle
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -25,6 +27,8 @@ from .pictures import decode, planes
 KEY = "datasets.cifar10.root"
 SPLITS = ("train", "test")
 # published at https://www.cs.toronto.edu/~kriz/cifar.html and, per batch, in torchvision
+# of one image in a tar, bytes
+LARGEST = 1 << 20
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"
@@ -181,9 +185,17 @@ def _from_folders(root: Path) -> Iterator[_Record]:
 
 
 def _from_tar(root: Path) -> Iterator[_Record]:
-    with tarfile.open(root, "r|*") as archive:  # a stream: a compressed tar cannot seek cheaply
-        for member in archive:
-            match = _MEMBER.search(member.name)
-            file = archive.extractfile(member) if match and member.isfile() else None
-            if match and file is not None:
-                yield _Record(match[1].lower(), match[2], match[3], file.read(), f"{root}:{member.name}")
+    """Nothing is unpacked to the disk, whatever the names and links in it say."""
+    try:
+        with tarfile.open(root, "r|*") as archive:  # a stream: a compressed tar cannot seek cheaply
+            for member in archive:
+                match = _MEMBER.search(member.name)
+                if not match or not member.isfile():
+                    continue
+                if member.size > LARGEST:
+                    raise UserError(f"{KEY}: {root}:{member.name} has {member.size} bytes, too many for 32x32 pixels")
+                file = archive.extractfile(member)
+                if file is not None:
+                    yield _Record(match[1].lower(), match[2], match[3], file.read(), f"{root}:{member.name}")
+    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{KEY}: {root} cannot be read as a tar ({error}); copy it again") from error

@@ -45,7 +45,7 @@ class ImageFolderOptions(Options):
     """
 
     root: str = neutral()
-    size: int = Field(ge=4)
+    size: int = Field(ge=4, le=4096)
     channels: Literal[1, 3] = 3
     resample: Resample = "lanczos"
     test_fraction: float = Field(0.1, gt=0, lt=1)
@@ -74,7 +74,7 @@ class SquareOptions(Options):
     train_split: str = neutral("train", min_length=1)
     test_split: str = neutral("")
     column: str = neutral("image", min_length=1)
-    size: int = Field(256, ge=4)
+    size: int = Field(256, ge=4, le=4096)
     resample: Resample = "lanczos"
     test_fraction: float = Field(0.05, gt=0, lt=1)
     flip: bool = True

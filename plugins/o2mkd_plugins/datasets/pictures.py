@@ -15,6 +15,8 @@ from o2mkd_bench.core.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+# of one picture, before it is brought to its size: a small file can unpack to as much as memory holds
+MOST_PIXELS = 64_000_000
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -29,8 +31,10 @@ def decode(data: bytes | Path, channels: int, where: str) -> Image.Image:
     source: BinaryIO | Path = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         with Image.open(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} are read")
             return image.convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a decoder raises whatever a broken file leads it to
         raise UserError(f"{where} is not a readable image ({error}); remove or replace it") from error
 
 

@@ -10,7 +10,8 @@ from o2mkd_bench.core.options import Options
 
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlock = Literal["UpBlock2D", "AttnUpBlock2D"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=65_536)]
+Layers = Annotated[int, Field(gt=0, le=1000)]
 
 
 class UNet2DOptions(Options):
@@ -27,8 +28,8 @@ class UNet2DOptions(Options):
         dropout: of the residual blocks, while training.
     """
 
-    block_out_channels: tuple[Positive, ...] = Field((32, 64), min_length=1)
-    layers_per_block: Positive = 1
+    block_out_channels: tuple[Positive, ...] = Field((32, 64), min_length=1, max_length=16)
+    layers_per_block: Layers = 1
     down_block_types: tuple[DownBlock, ...] | None = None
     up_block_types: tuple[UpBlock, ...] | None = None
     attention: tuple[Positive, ...] = ()
@@ -66,7 +67,7 @@ class DiTOptions(Options):
 
     num_attention_heads: Positive = 4
     attention_head_dim: Positive = 16
-    num_layers: Positive = 4
+    num_layers: Layers = 4
     patch_size: Positive = 2
-    num_embeds_ada_norm: Annotated[int, Field(ge=0)] = 0
+    num_embeds_ada_norm: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     dropout: float = Field(0.0, ge=0.0, lt=1.0)

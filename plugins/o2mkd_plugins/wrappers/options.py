@@ -18,7 +18,9 @@ class SingleOptions(Options):
     """One student for all timesteps."""
 
     scale: float = Field(1.0, gt=0, description="times the budget this student sees")
-    students: int = Field(1, ge=1, description="with intervals: K, the number of experts that this student stands for")
+    students: int = Field(
+        1, ge=1, le=1000, description="with intervals: K, the number of experts that this student stands for"
+    )
     intervals: IntervalsOption | None = Field(
         None,
         description="a control: t follows the law of experts that see equally many images each; auto: those that "
@@ -38,7 +40,7 @@ class O2MKDOptions(Options):
     (uniform edges, as most timestep-expert papers use) until results/ says better.
     """
 
-    students: int = Field(2, ge=1, description="K, the number of students")
+    students: int = Field(2, ge=1, le=1000, description="K, the number of students")
     intervals: IntervalsOption = Field(
         "uniform",
         description="an interval rule by name, the K - 1 inner edges, or auto: equal shares of the root of the error "

@@ -1,0 +1,138 @@
+"""What a results document must look like for tables to be made of it; others may have written it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictFloat, StrictInt, ValidationError
+
+# what a terminal obeys is not text
+Text = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Lines = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+Number = StrictInt | StrictFloat | None
+Word = Text | StrictInt | StrictFloat | StrictBool | None
+Numbers = list[Number] | Number
+Scores = dict[str, Number] | None
+
+
+class Shape(BaseModel):
+    """Keys beside those named here may hold anything: no table reads them."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+
+class Reading(Shape):
+    batch: Word = None
+    compile: Word = None
+    device: Word = None
+    images_per_second: Number = None
+    latency_ms_median: Number = None
+    latency_ms_p90: Number = None
+    peak_memory_mb: Number = None
+
+
+class Curve(Shape):
+    t: list[StrictInt | StrictFloat]
+    error: list[Number]
+
+
+class Row(Shape):
+    status: Text
+    scores: Scores = None
+    reason: Lines | None = None
+    speed: Reading | None = None
+    probe: Curve | None = None
+    calls: Numbers = None
+    edges: Numbers = None
+    batch_per_student: Numbers = None
+    steps_per_student: Numbers = None
+    images_per_student: Numbers = None
+    baseline_of: list[Text] | None = None
+    role: Text | None = None
+    dataset: Word = None
+    teacher: Word = None
+    student: Word = None
+    method: Word = None
+    wrapper: Word = None
+    sampler: Word = None
+    steps: Word = None
+    spacing: Word = None
+    clip: Word = None
+    budget: Word = None
+    weights: Word = None
+    seed: Word = None
+    nfe: StrictInt | None = None
+    images_total: Number = None
+    params_total: Number = None
+    params_active: Number = None
+    macs_per_image: Number = None
+    train_seconds: Number = None
+    shared_with: Number = None
+
+    cell: Word = None
+    prediction: Word = None
+    precision: Word = None
+    device: Word = None
+    samples: Word = None
+    students: Number = None
+    batch: Number = None
+    rounds_images: Number = None
+    params_used: Number = None
+    device_seconds: Number = None
+
+
+class Loss(Shape):
+    t: list[Number]
+    error: list[Number]
+
+
+class Teacher(Shape):
+    dataset: Word
+    teacher: Word
+    column: Text
+    sampler: Word
+    steps: Word
+    seed: Word
+    expected: StrictInt | StrictFloat
+    tolerance: StrictInt | StrictFloat
+    found: Number
+    as_expected: StrictBool | None
+    loss: Loss | None
+
+
+class Metric(Shape):
+    column: Text
+    dataset: Text | None = None
+    protocol: dict[str, Word] | None = None
+
+
+class Reference(Shape):
+    dataset: Text
+    what: Text
+    images: Number = None
+    scores: dict[str, Number] = Field(default_factory=dict)
+
+
+class Document(Shape):
+    schema_version: StrictInt
+    suite: Text | None = None
+    suite_path: Text | None = None
+    rows: list[Row]
+    metrics: list[Metric] = Field(default_factory=list)
+    references: list[Reference] = Field(default_factory=list)
+    created: Text | None = None
+    git_commit: Text | None = None
+    machine: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    teacher_steps: list[StrictInt] | None = None
+    teachers: list[Teacher] = Field(default_factory=list)
+
+
+def complaint(document: Any) -> str:
+    """What is wrong with a document, in words; empty where nothing is."""
+    try:
+        Document.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ""
