@@ -28,6 +28,7 @@ _HOME = {
     "Images": "core.data",
     "ModelFamily": "core.models",
     "Event": "core.events",
+    "Executor": "core.executor",
     "KDMethod": "engine.kd",
     "StepContext": "engine.kd",
     "Metric": "engine.scoring",

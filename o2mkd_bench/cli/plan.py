@@ -24,6 +24,7 @@ from .common import (
     print_json,
     styled,
 )
+from .watch import follow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,6 +77,7 @@ def status(
     device: Device = None,
     store: StoreDir = None,
     json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run that is at it, then show the same.")] = False,
 ) -> None:
     """Show which cells are done, which failed and why, and what was made by another source of a plugin.
 
@@ -84,6 +86,8 @@ def status(
     from ..core.status import Survey
 
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device)
+    if watch:
+        follow(session)
     survey = Survey(session.plan, session.store)
     standings = survey.standings()
     changed = survey.changed(session.registry)

@@ -74,6 +74,20 @@ def resolve_device(device: str) -> str:
     return f"cuda:{index}"
 
 
+def gpus_like(device: str) -> tuple[str, ...]:
+    """The UUIDs of the GPUs that a suite's ``device`` means: for ``auto`` and ``cuda`` all of the first one's model.
+
+    Raises:
+        UserError: as :func:`resolve_device`.
+    """
+    resolved = resolve_device(device)
+    if resolved == "cpu":
+        return ()
+    gpus = _visible_gpus()
+    first = gpus[int(resolved.removeprefix("cuda:"))]
+    return (first.uuid,) if ":" in device else tuple(gpu.uuid for gpu in gpus if gpu.name == first.name)
+
+
 def device_name(device: str) -> str:
     """The model of a resolved device, which is part of a speed reading's identity.
 

@@ -1,8 +1,8 @@
 """Artifacts under their identity: written atomically, manifest last, verified when read, locked between processes.
 
 Layout below the root: ``artifacts/<id[:2]>/<id>/`` (files and ``manifest.json``), ``work/<id>/`` (scratch of a stage in
-progress), ``locks/``, ``failed/<id>.json``, ``tmp/`` (drafts) and ``corrupt/``. Nothing is created before the first
-write, so a store that is mounted read-only can be read.
+progress), ``locks/``, ``failed/<id>.json``, ``tmp/`` (drafts), ``corrupt/`` and ``runs/`` (logs). Nothing is created
+before the first write, so a store that is mounted read-only can be read.
 """
 
 from __future__ import annotations
@@ -226,6 +226,8 @@ class Store:
     def gc(self, keep: AbstractSet[str], dry_run: bool = False) -> Freed:
         """Remove artifacts not in ``keep``, incomplete ones, drafts nobody writes, and everything in ``corrupt/``.
 
+        The logs of runs that have ended go too.
+
         Scratch folders stay for stages in ``keep`` that are not made yet. What another process has locked stays.
         """
         ids, total = [], 0
@@ -297,6 +299,7 @@ class Store:
         return [
             *_inside(self.root / "tmp", _NUMBERED),
             *_inside(self.root / "corrupt", _NUMBERED),
+            *_inside(self.root / "runs", _WHOLE),
             *((path, id) for path, id in work if id not in keep or self.has(id)),
         ]
 

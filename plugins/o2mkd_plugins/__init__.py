@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from o2mkd_bench.core.hookspecs import Register, hookimpl
+from o2mkd_bench.executors.local import LocalOptions
 
 from .datasets.options import (
     CelebAHQOptions,
@@ -269,4 +270,14 @@ def register_trackers(register: Register) -> None:
         "o2mkd_plugins.trackers.jsonl:JsonLines",
         options=JsonLinesOptions,
         summary="every event as a line of events.jsonl",
+    )
+
+
+@hookimpl
+def register_executors(register: Register) -> None:
+    register(
+        "local",
+        "o2mkd_bench.executors.local:Local",
+        options=LocalOptions,
+        summary="worker processes on this machine, one a GPU",
     )
