@@ -28,7 +28,7 @@ ELSEWHERE = {
     *(("models", name) for name in ("unet2d", "unet2d_condition")),
     ("metrics", "clip_score"),
     ("trackers", "jsonl"),
-    ("executors", "local"),
+    *(("executors", name) for name in ("local", "ray")),
 }
 
 

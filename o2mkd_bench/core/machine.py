@@ -98,10 +98,15 @@ def device_name(device: str) -> str:
     """
     device = resolve_device(device)
     if device == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        count = int(threads) if threads.isdecimal() and int(threads) > 0 else _cores()
+        count = threads()
         return f"{_cpu_model()}, {count} thread{'s' * (count > 1)}"
     return _visible_gpus()[int(device.removeprefix("cuda:"))].name
+
+
+def threads() -> int:
+    """The threads torch would use here: ``OMP_NUM_THREADS``, else the cores of this process."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else _cores()
 
 
 def _visible_gpus() -> list[_Gpu]:

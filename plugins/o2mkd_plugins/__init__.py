@@ -13,6 +13,7 @@ from .datasets.options import (
     ImageFolderOptions,
     LsunOptions,
 )
+from .executors.options import RayOptions
 from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
 from .metrics import options as metrics
 from .models.options import DiTOptions, UNet2DOptions
@@ -280,4 +281,11 @@ def register_executors(register: Register) -> None:
         "o2mkd_bench.executors.local:Local",
         options=LocalOptions,
         summary="worker processes on this machine, one a GPU",
+    )
+    register(
+        "ray",
+        "o2mkd_plugins.executors.ray:Ray",
+        options=RayOptions,
+        paper="arXiv 1712.05889",
+        summary="tasks of a Ray cluster, or of one started here",
     )
