@@ -32,7 +32,8 @@ def run(
         bool, typer.Option("--rebuild-changed", help="Remake what another source of a plugin made.")
     ] = False,
     tracker: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Tell a tracker of every event: `jsonl`.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Tell a tracker of every event: `jsonl`, `tensorboard`, `wandb`."),
     ] = None,
     workers: Annotated[
         int | None,

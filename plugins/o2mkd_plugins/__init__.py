@@ -28,7 +28,7 @@ from .samplers.options import (
     SigmaOptions,
     UniPCOptions,
 )
-from .trackers.options import JsonLinesOptions
+from .trackers.options import JsonLinesOptions, TensorBoardOptions, WandbOptions
 from .wrappers.options import O2MKDOptions, SingleOptions
 
 api = 1
@@ -271,6 +271,18 @@ def register_trackers(register: Register) -> None:
         "o2mkd_plugins.trackers.jsonl:JsonLines",
         options=JsonLinesOptions,
         summary="every event as a line of events.jsonl",
+    )
+    register(
+        "tensorboard",
+        "o2mkd_plugins.trackers.tensorboard:TensorBoard",
+        options=TensorBoardOptions,
+        summary="losses as TensorBoard shows them",
+    )
+    register(
+        "wandb",
+        "o2mkd_plugins.trackers.wandb:Wandb",
+        options=WandbOptions,
+        summary="losses in Weights & Biases, offline unless WANDB_MODE says otherwise",
     )
 
 
