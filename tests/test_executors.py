@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from toy import Events, run, session, suite, table
 
 from o2mkd_bench.core.errors import StoreError, UserError
@@ -293,3 +296,68 @@ def test_several_gpus_are_a_worker_each(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--executor local: wrkers: .* \(options: workers\)"):
         choose(session(GRID, tmp_path), Placement(options={"wrkers": 2}), False)
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-c", "from o2mkd_bench.cli import main; main()"]
+
+
+def started(words: list[str], folder: Path, *more: Path) -> subprocess.Popen[str]:
+    path = os.pathsep.join([*map(str, more), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*COMMAND, *words], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    told = []
+    for said in process.stderr:
+        told.append(said)
+        if text in said:
+            return
+    raise AssertionError(f"it ended before it said {text!r}: {told}")
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: list[str]) -> None:
+    long = {**GRID, "budgets": [10_000_000], "checkpoint_every": 3600.0}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long), encoding="utf-8")
+    with started(["run", "long.yaml", "--only", "wrapper=single", *workers], tmp_path) as process:
+        until(process, "single seed 0")
+        time.sleep(3.0)
+        children = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out, err.splitlines()[-1]) == ("", "interrupted; the same command goes on where it stopped")
+    assert bool(children) == bool(workers)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert list((tmp_path / ".o2mkd" / "store" / "work").glob("*/checkpoint.safetensors"))
+    assert not list((tmp_path / ".o2mkd" / "store" / "tmp").iterdir())
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    laboratory = Laboratory(tmp_path)
+    other = {
+        "datasets": [{"laboratory": {"number": 0, "deed": "deaf"}}],
+        "metrics": [{"fid": {"network": "inception"}}],
+    }
+    mapping = {**GRID, **other}
+    (tmp_path / "deaf.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    with started(["run", "deaf.yaml", "--workers", "1"], tmp_path, laboratory.site) as process:
+        until(process, "data laboratory")
+        time.sleep(1.0)
+        (child,) = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        time.sleep(2.0)
+        assert process.poll() is None, "the first one lets workers keep what they have"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert process.returncode == 130
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+INTERRUPTED = 130
+"""The exit code of who was interrupted."""
 
 Handler = Callable[[int, FrameType | None], object]
 
@@ -15,8 +20,14 @@ Handler = Callable[[int, FrameType | None], object]
 def twice() -> Iterator[None]:
     """The first interrupt raises KeyboardInterrupt as ever; the second ends the process, whatever it is at."""
 
+    def second(number: int, frame: FrameType | None) -> None:
+        if sys.stderr.isatty():
+            # a live display has hidden the cursor
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")
+        os._exit(INTERRUPTED)
+
     def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, second)
         raise KeyboardInterrupt
 
     with _handled(lambda _: first):
@@ -57,6 +68,6 @@ def _handled(make: Callable[[Handler], Handler]) -> Iterator[None]:
     try:
         yield
     finally:
-        # one that has given way to the default stays so
+        # one that has given way to another stays so
         if signal.getsignal(signal.SIGINT) is made:
             signal.signal(signal.SIGINT, before)

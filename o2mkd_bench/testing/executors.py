@@ -21,6 +21,7 @@ from .contract import Contract
 
 _PLUGIN = '''
 import os, signal, time
+from contextlib import suppress
 from pathlib import Path
 import numpy as np
 from o2mkd_bench import DatasetInfo, DatasetSource, Images, Options, hookimpl
@@ -47,6 +48,9 @@ class Laboratory(DatasetSource):
             raise ValueError("no such thing")
         if deed == "hang":
             time.sleep(600)
+        while deed == "deaf":
+            with suppress(KeyboardInterrupt):
+                time.sleep(600)
         if deed == "burn":
             end = time.process_time() + 1.0
             while time.process_time() < end:

@@ -10,7 +10,7 @@ from o2mkd_bench import Options, neutral
 
 
 class SlurmOptions(Options):
-    """``gpus``, ``cpus``, ``memory`` (GB) are those of one job, ``minutes`` its time limit; ``jobs`` are most at once."""
+    """``gpus``, ``cpus``, ``memory`` (GB) and ``minutes`` are those of one job; ``jobs`` are most at once."""
 
     cluster: Literal["slurm", "local"] = neutral("slurm")
     jobs: PositiveInt = neutral(8)
