@@ -332,7 +332,7 @@ class Walk:
                     raise StageFailed(str(damage))
                 raise StoreError(
                     f"{stage.label} is damaged ({reason}) though it was made anew {REPAIRS} times; look at the disk of "
-                    f"the store {store.root}, or choose another with --store DIR"
+                    f"the store {store.address}, or choose another with --store DIR"
                 )
             if reason is not None:
                 self._say("message", stage, {"text": f"{stage.label} is damaged ({reason}); making it anew"})

@@ -107,7 +107,7 @@ def _print_headline(session: Session, said: str) -> None:
     out = console()
     out.print()
     out.print(styled(session.suite.name, "bold"), f" {counted(len(session.plan.cells), 'cell')}, {said}")
-    out.print(f"store {session.store.root}", style="dim", soft_wrap=True)
+    out.print(f"store {session.store.address}", style="dim", soft_wrap=True)
 
 
 def _kinds(plan: Plan, survey: Survey, missing: Mapping[str, Stage]) -> Table:

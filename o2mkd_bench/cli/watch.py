@@ -30,7 +30,7 @@ def follow(session: Session) -> None:
 
     log = next((path for path in runs(session.store, session.suite.name) if alive(session.store, path)), None)
     if log is None:
-        print(f"no run is at work on {session.suite.name} in the store {session.store.root}", file=sys.stderr)
+        print(f"no run is at work on {session.suite.name} in the store {session.store.address}", file=sys.stderr)
         return
     clock, follower, ended = Replay(), Follower(log), False
     try:

@@ -18,12 +18,13 @@ class Site:
     """What a worker must know beside its tasks; it can be pickled.
 
     Attributes:
-        store: the root of the store, which every worker must see under this path.
+        store: the root of the store, which every worker must see under this path; the cache of one at a URL.
         device: a torch device name, as the plan was made for; a worker sees one GPU, ``cuda:0``, or none.
         devices: the UUIDs of the GPUs of this machine that may be used; () on the CPU.
         mode: how networks are run.
         fail_fast: whether a worker stops at its first failure.
         path: ``sys.path`` of the run, so that a worker finds the same plugins.
+        address: the URL of the store, where it has one.
     """
 
     store: Path
@@ -32,6 +33,7 @@ class Site:
     mode: Mode = field(default_factory=Mode)
     fail_fast: bool = False
     path: tuple[str, ...] = ()
+    address: str = ""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
+        self.address = str(self.root)
         self._verified: set[tuple[str, int, int, str]] = set()
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -77,14 +78,14 @@ class Store:
             UserError: when a newer o2mkd-bench wrote it.
         """
         try:
-            manifest = Manifest.model_validate_json((self._place(id) / MANIFEST).read_bytes())
+            manifest = Manifest.model_validate_json(self._manifest(id))
         except OSError as error:
             raise CorruptArtifact(id, f"its manifest cannot be read ({error.strerror})") from error
         except ValidationError as error:
             raise CorruptArtifact(id, "its manifest is damaged") from error
         if manifest.schema_version > SCHEMA_VERSION:
             raise UserError(
-                f"the store {self.root} was written by a newer o2mkd-bench (manifests of version "
+                f"the store {self.address} was written by a newer o2mkd-bench (manifests of version "
                 f"{manifest.schema_version}); update o2mkd-bench or choose another store with --store DIR"
             )
         if manifest.identity != id:
@@ -156,7 +157,7 @@ class Store:
         with self._draft(id) as folder:
             draft = Draft(folder)
             yield draft
-            made = {"created": _now(), "files": seal(folder), "meta": draft.meta}
+            made = {"created": now(), "files": seal(folder), "meta": draft.meta}
             self._commit(folder, manifest.model_copy(update=made))
 
     @contextmanager
@@ -183,7 +184,7 @@ class Store:
                 self._place(id).rename(target)
             except FileNotFoundError:
                 return
-            record = {"identity": id, "reason": reason, "created": _now()}
+            record = {"identity": id, "reason": reason, "created": now()}
             write_synced(target.with_suffix(".json"), json.dumps(record, indent=2))
 
     def work(self, id: str) -> Path:
@@ -204,7 +205,7 @@ class Store:
     def fail(self, id: str, label: str, reason: str, category: str) -> None:
         """Record why the stage could not be made; the last failure stands until the artifact is committed."""
         with self.guard():
-            record = {"identity": id, "label": label, "reason": reason, "category": category, "created": _now()}
+            record = {"identity": id, "label": label, "reason": reason, "category": category, "created": now()}
             final, draft = self._failure(id), self._temporary(id)
             for path in (final, draft):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,6 +281,9 @@ class Store:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    def _manifest(self, id: str) -> bytes:
+        return (self._place(id) / MANIFEST).read_bytes()
+
     def _place(self, id: str) -> Path:
         return self.root / "artifacts" / id[:2] / check_identity(id)
 
@@ -347,7 +351,8 @@ class Store:
         return size
 
 
-def _now() -> str:
+def now() -> str:
+    """This moment, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

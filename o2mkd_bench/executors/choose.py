@@ -50,6 +50,8 @@ def choose(session: Session, placement: Placement, fail_fast: bool) -> Executor 
         known = ", ".join(plugin.options.model_fields) or "none"
         raise UserError(f"--executor {placement.executor}: {key}: {first['msg']} (options: {known})") from error
     machine = session.machine
-    site = Site(session.store.root, machine.device, devices, machine.mode, fail_fast, tuple(sys.path))
+    site = Site(
+        session.store.root, machine.device, devices, machine.mode, fail_fast, tuple(sys.path), session.store.address
+    )
     found: Executor = make(options, site)
     return found

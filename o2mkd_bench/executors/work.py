@@ -7,9 +7,9 @@ import sys
 from ..core.errors import StoreError
 from ..core.events import Observer
 from ..core.executor import Outcome, Site, Task
+from ..core.mirror import open_store
 from ..core.plan import Plan
 from ..core.plugins import registry
-from ..core.store import Store
 from ..execute import Walk
 from ..stages.bench import Bench
 
@@ -24,7 +24,7 @@ class Worker:
         sys.path[:] = list(dict.fromkeys([*site.path, *sys.path]))
         device = "cuda:0" if site.devices else site.device
         self.site = site
-        self.bench = Bench(Store(site.store), device, observer, registry(), site.mode)
+        self.bench = Bench(open_store(site.address, site.store), device, observer, registry(), site.mode)
 
     def make(self, task: Task) -> Outcome:
         """Make the stages of ``task`` that are missing, and whatever they are made from that is damaged."""
