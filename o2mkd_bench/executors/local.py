@@ -21,6 +21,8 @@ from ..core.options import Options, neutral
 # Seconds that a worker has to keep its checkpoints after an interrupt: a step that compiles takes a while.
 GRACE = 120.0
 
+STDERR = 2
+
 
 class LocalOptions(Options):
     """``workers``: how many processes; one a GPU, or one on the CPU, by default. More than GPUs share them evenly."""
@@ -93,12 +95,18 @@ class Local(Executor):
         environment = dict(os.environ)
         if slot.gpu:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
-        call = [sys.executable, *_flags(), "-m", "o2mkd_bench.executors.worker", str(theirs.fileno())]
+        call = [sys.executable, "-P", *_flags(), "-m", "o2mkd_bench.executors.worker", str(theirs.fileno())]
         # a group of its own: Ctrl-C reaches the run alone, and what a worker has started ends with it
         paths = [*self.site.path, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         slot.process = subprocess.Popen(
-            call, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            call,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # the run's own output is its table
+            stdout=STDERR,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
         )
         theirs.close()
         slot.link = ours

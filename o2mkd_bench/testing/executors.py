@@ -96,12 +96,12 @@ class Laboratory:
         self.events.append(event)
         self.until(event)
 
-    def run(self, make: Callable[[Site], Executor], limit: float | None = None) -> Dispatch:
+    def run(self, make: Callable[[Site], Executor], limit: float | None = None, fail_fast: bool = False) -> Dispatch:
         """Make all that is missing through an executor; the walk that did it."""
-        site = Site(self.store.root, "cpu", path=(str(self.site), *sys.path))
+        site = Site(self.store.root, "cpu", fail_fast=fail_fast, path=(str(self.site), *sys.path))
         bench = Bench(self.store, "cpu", self.observer, registry())
         with closing(make(site)) as executor:
-            walk = Dispatch(self.plan, bench, executor=executor, limit=limit)
+            walk = Dispatch(self.plan, bench, fail_fast, executor=executor, limit=limit)
             walk.run(self.plan.stages)
         return walk
 
@@ -159,6 +159,13 @@ class ExecutorContract(Contract):
         assert "no such thing" in walk.failed[bad.identity]
         assert walk.failed[heir.identity] == "needs raise, which failed"
         assert walk.made == [other.identity]
+
+    def test_the_first_failure_ends_the_rest_where_that_was_asked_for(self, laboratory: Laboratory) -> None:
+        bad, hanging = laboratory.stage(0, "raise"), laboratory.stage(1, "hang")
+        walk = laboratory.run(self.make, fail_fast=True)
+        assert list(walk.failed) == [bad.identity]
+        with laboratory.store.lock(hanging.identity, timeout=self.patience):
+            assert not laboratory.store.has(hanging.identity)
 
     def test_a_dead_worker_costs_one_stage(self, laboratory: Laboratory) -> None:
         bad, other = laboratory.stage(0, "die"), laboratory.stage(1)

@@ -46,7 +46,7 @@ class Running:
 
 
 class Slurm(Executor):
-    """Each task is a job. Files of the jobs lie beside the artifacts, in a folder that is gone when the run ends."""
+    """Each task is a job. Files of jobs lie beside the artifacts, in a folder that is gone when the run ends."""
 
     def __init__(self, options: SlurmOptions, site: Site) -> None:
         super().__init__(options, site)
