@@ -89,6 +89,19 @@ def test_a_node_killed_in_the_middle_costs_nothing_but_time(cluster: Any, tmp_pa
     assert artifacts(tmp_path / "store") == artifacts(tmp_path / "plain" / "store")
 
 
+def test_an_interrupt_keeps_checkpoints(cluster: Any, tmp_path: Path) -> None:
+    """No checkpoint is due before it."""
+    long = {**GRID, "budgets": [10_000_000], "checkpoint_every": 3600.0}
+
+    def stop(event: Event) -> None:
+        if event.kind == "progress" and "single seed 0" in event.label:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        placed_on(long, tmp_path, Events(stop), Placement("ray", {"address": cluster.address}))
+    assert list((tmp_path / "store" / "work").glob("*/checkpoint.safetensors"))
+
+
 def test_an_address_where_nobody_is_is_one_sentence(tmp_path: Path) -> None:
     plugin = registry().get("executors", "ray")
     with pytest.raises(UserError, match=r"--address 127.0.0.1:1: no Ray cluster can be joined there"):
