@@ -32,6 +32,7 @@ _HOME = {
     "KDMethod": "engine.kd",
     "StepContext": "engine.kd",
     "Metric": "engine.scoring",
+    "Placement": "executors.choose",
     "Results": "runner",
     "run": "runner",
 }

@@ -117,6 +117,8 @@ def walking(session: Session, observer: Observer, fail_fast: bool, placement: Pl
         yield Walk(session.plan, bench, fail_fast)
         return
     with closing(executor):
+        if executor.hint:
+            bench.tell(executor.hint)
         yield Dispatch(session.plan, bench, fail_fast, executor=executor, limit=session.suite.time_limit)
 
 

@@ -293,6 +293,17 @@ def test_several_gpus_are_a_worker_each(tmp_path: Path, monkeypatch: pytest.Monk
     assert [slot.gpu[-1] for slot in shared._slots] == ["a", "b", "a", "b", "a"]
 
 
+def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("o2mkd_bench.executors.local.machine_record", lambda: {"cores": 4})
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    site = Site(tmp_path, "cpu")
+    said = Local(LocalOptions(workers=2), site).hint
+    assert said.startswith("2 workers of 4 threads share 4 cores; OMP_NUM_THREADS=2 would")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert not Local(LocalOptions(workers=2), site).hint
+    assert not Local(LocalOptions(workers=9), Site(tmp_path, "cuda:0", ("GPU-a",))).hint
+
+
 def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--executor local: wrkers: .* \(options: workers\)"):
         choose(session(GRID, tmp_path), Placement(options={"wrkers": 2}), False)

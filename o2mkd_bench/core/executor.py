@@ -97,6 +97,11 @@ class Executor(ABC):
         self.site = site
 
     @property
+    def hint(self) -> str:
+        """What the user might do better, one sentence that is said when the run begins; empty by default."""
+        return ""
+
+    @property
     @abstractmethod
     def slots(self) -> int:
         """How many tasks can run at once, at least 1; students that share a teacher pass are divided among them."""

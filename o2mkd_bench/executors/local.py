@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pydantic import PositiveInt
 
 from ..core.executor import Executor, Report, Site, Task
+from ..core.machine import machine_record, threads
 from ..core.options import Options, neutral
 
 # Seconds that a worker has to keep its checkpoints after an interrupt: a step that compiles takes a while.
@@ -47,6 +48,16 @@ class Local(Executor):
         super().__init__(options, site)
         gpus = site.devices or ("",)
         self._slots = [Slot(gpus[place % len(gpus)]) for place in range(options.workers or len(gpus))]
+
+    @property
+    def hint(self) -> str:
+        busy, cores = len(self._slots) * threads(), int(machine_record()["cores"])
+        if self.site.devices or busy <= cores:
+            return ""
+        return (
+            f"{len(self._slots)} workers of {threads()} threads share {cores} cores; OMP_NUM_THREADS="
+            f"{max(1, cores // len(self._slots))} would keep them out of each other's way"
+        )
 
     @property
     def slots(self) -> int:
