@@ -45,7 +45,12 @@ class Hand:
         self.worker = Worker(site, self._tell)
 
     def _tell(self, event: Event) -> None:
+        import ray
+
         self.last = self.ear.tell.remote(self.number, event)
+        if event.kind != "progress":
+            # a worker that dies now has still said what it was at
+            ray.get(self.last)
 
     def make(self, task: Task) -> Outcome:
         import ray
