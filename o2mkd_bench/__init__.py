@@ -28,9 +28,11 @@ _HOME = {
     "Images": "core.data",
     "ModelFamily": "core.models",
     "Event": "core.events",
+    "Executor": "core.executor",
     "KDMethod": "engine.kd",
     "StepContext": "engine.kd",
     "Metric": "engine.scoring",
+    "Placement": "executors.choose",
     "Results": "runner",
     "run": "runner",
 }

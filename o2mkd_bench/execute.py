@@ -70,13 +70,20 @@ class Walk:
         missing = Survey(self.plan, self.bench.store).missing(wanted)
         needed = self.plan.stages if wanted is None else self.plan.closure(wanted)
         queue = [stage for name, stage in missing.items() if name not in self.failed]
-        reused = len(needed.keys() - missing.keys() - set(self.made))
-        self._say("plan", data={"stages": len(queue), "reused": reused})
+        self._say("plan", data={"stages": len(queue), "reused": len(needed.keys() - missing.keys() - set(self.made))})
+        self.work_off(queue)
+
+    def work_off(self, queue: list[Stage], wait: bool = True) -> list[Stage]:
+        """Make the stages of ``queue``; those another process is at are given back, or waited for with ``wait``."""
         while queue and not self._stopped:
             held = self._pass(queue)
-            if len(held) == len(queue) and not self._stopped and self._attend(held[0], held, wait=True):
-                held.pop(0)
+            if len(held) == len(queue) and not self._stopped:
+                if self._attend(held[0], held, wait):
+                    held.pop(0)
+                elif not wait:
+                    return held
             queue = held
+        return queue
 
     def _pass(self, queue: Sequence[Stage]) -> list[Stage]:
         """Attend to every stage in turn; gives back those that another process is at, and those that need them."""
@@ -325,7 +332,7 @@ class Walk:
                     raise StageFailed(str(damage))
                 raise StoreError(
                     f"{stage.label} is damaged ({reason}) though it was made anew {REPAIRS} times; look at the disk of "
-                    f"the store {store.root}, or choose another with --store DIR"
+                    f"the store {store.address}, or choose another with --store DIR"
                 )
             if reason is not None:
                 self._say("message", stage, {"text": f"{stage.label} is damaged ({reason}); making it anew"})

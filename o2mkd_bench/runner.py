@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .core.errors import CorruptArtifact
 from .core.events import Event, Observer, silent
+from .core.runlog import RunLog
 from .core.session import Session, prepare
 from .core.suite import Suite, from_mapping, load
+from .executors.choose import Placement, choose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from .execute import Walk
 
 T = TypeVar("T")
+
+HERE = Placement()
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def run(
     store: Path | str | None = None,
     only: Sequence[str] = (),
     observer: Observer = silent,
+    placement: Placement = HERE,
     **options: bool,
 ) -> Results:
     """Make what a suite still lacks, write the tables, and give them back.
@@ -56,6 +62,7 @@ def run(
         store: folder of finished stages; ``O2MKD_STORE`` or ``.o2mkd/store`` if None.
         only: ``axis=pattern`` filters on cells.
         observer: is told every event of the run.
+        placement: the executor that makes the stages; by default a process for each GPU, or this one for one device.
         options: ``fail_fast`` stops at the first failure, ``rebuild_changed`` remakes what other plugin sources made.
 
     Raises:
@@ -66,7 +73,8 @@ def run(
     elif not isinstance(suite, Suite):
         suite = load(Path(suite))
     session = prepare(suite, None if store is None else Path(store), only, download=True)
-    return run_session(session, Path(out) if out is not None else results_folder(suite), observer, **options)
+    folder = Path(out) if out is not None else results_folder(suite)
+    return run_session(session, folder, observer, placement=placement, **options)
 
 
 def results_folder(suite: Suite) -> Path:
@@ -75,24 +83,45 @@ def results_folder(suite: Suite) -> Path:
 
 
 def run_session(
-    session: Session, out: Path, observer: Observer = silent, *, fail_fast: bool = False, rebuild_changed: bool = False
+    session: Session,
+    out: Path,
+    observer: Observer = silent,
+    *,
+    fail_fast: bool = False,
+    rebuild_changed: bool = False,
+    placement: Placement = HERE,
 ) -> Results:
     """``run`` for a session that is already prepared."""
+    with RunLog(session.store, session.suite.name, observer) as log:
+        with walking(session, log, fail_fast, placement) as walk:
+            if rebuild_changed:
+                discard_changed(session)
+                session = _again(session, walk)
+            session = settled(session, walk)
+            walk.run()
+            results = mended(walk, lambda: report(session, out))
+        log(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
+    return results
+
+
+@contextmanager
+def walking(session: Session, observer: Observer, fail_fast: bool, placement: Placement) -> Iterator[Walk]:
+    """The walk that makes a session's stages: here, or through an executor, which is closed at the end."""
     from .execute import Walk
+    from .executors.dispatch import Dispatch
     from .stages.bench import Bench
 
     bench = Bench(session.store, session.machine.device, observer, session.registry, session.machine.mode)
     if bench.device.startswith("cuda"):
         check_memory(session)
-    walk = Walk(session.plan, bench, fail_fast)
-    if rebuild_changed:
-        discard_changed(session)
-        session = _again(session, walk)
-    session = settled(session, walk)
-    walk.run()
-    results = mended(walk, lambda: report(session, out))
-    observer(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
-    return results
+    executor = choose(session, placement, fail_fast)
+    if executor is None:
+        yield Walk(session.plan, bench, fail_fast)
+        return
+    with closing(executor):
+        if executor.hint:
+            bench.tell(executor.hint)
+        yield Dispatch(session.plan, bench, fail_fast, executor=executor, limit=session.suite.time_limit)
 
 
 def check_memory(session: Session) -> None:

@@ -27,7 +27,8 @@ ELSEWHERE = {
     *(("datasets", name) for name in ("cifar10", "image_folder", "lsun", "celebahq", "coco")),
     *(("models", name) for name in ("unet2d", "unet2d_condition")),
     ("metrics", "clip_score"),
-    ("trackers", "jsonl"),
+    *(("trackers", name) for name in ("jsonl", "tensorboard", "wandb")),
+    *(("executors", name) for name in ("local", "ray")),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import CorruptArtifact, StageFailed, UserError
+from ..core.interrupts import INTERRUPTED
 from .export import export
 from .plan import plan, status
 from .plugins import doctor, new, plugins, schema
@@ -21,7 +22,7 @@ from .sample import sample
 from .store import app as store
 
 PROGRAM = "o2mkd-bench"
-FAILED, WRONG, BUG, INTERRUPTED = 1, 2, 70, 130
+FAILED, WRONG, BUG = 1, 2, 70
 LONGEST = 2000
 
 app = typer.Typer(

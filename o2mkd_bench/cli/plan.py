@@ -24,6 +24,7 @@ from .common import (
     print_json,
     styled,
 )
+from .watch import follow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +85,7 @@ def status(
     device: Device = None,
     store: StoreDir = None,
     json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run that is at it, then show the same.")] = False,
 ) -> None:
     """Show which cells are done, which failed and why, and what was made by another source of a plugin.
 
@@ -92,6 +94,8 @@ def status(
     from ..core.status import Survey
 
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device)
+    if watch:
+        follow(session)
     survey = Survey(session.plan, session.store)
     standings = survey.standings()
     changed = survey.changed(session.registry)
@@ -111,7 +115,7 @@ def _print_headline(session: Session, said: str) -> None:
     out = console()
     out.print()
     out.print(styled(session.suite.name, "bold"), f" {counted(len(session.plan.cells), 'cell')}, {said}")
-    out.print(f"store {session.store.root}", style="dim", soft_wrap=True)
+    out.print(f"store {session.store.address}", style="dim", soft_wrap=True)
 
 
 def _kinds(plan: Plan, survey: Survey, missing: Mapping[str, Stage]) -> Table:

@@ -81,7 +81,11 @@ class Progress(AbstractContextManager["Progress"]):
         self.total, self.reused = self.number + event.data["stages"], event.data["reused"]
 
     def on_start(self, event: Event) -> None:
-        self._next()
+        if any(one.stage == event.stage for one in self.running):
+            # its worker died, and it is tried once more
+            self.finish(event)
+        else:
+            self._next()
         self.running.append(Running(event.stage, event.label, self.clock()))
 
     def on_reused(self, event: Event) -> None:
@@ -210,12 +214,13 @@ class LiveProgress(Progress):
         return Group(first, line)
 
 
-def display(stream: TextIO) -> Progress:
+def display(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Progress:
     """The display that fits ``stream``."""
     from rich.console import Console
 
     console = Console(file=stream)
-    return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress(stream)
+    live = console.is_terminal and not console.is_dumb_terminal
+    return LiveProgress(console, clock) if live else PlainProgress(stream, clock)
 
 
 def duration(seconds: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 Kind = Literal["plan", "start", "progress", "log", "done", "reused", "failed", "message", "end"]
@@ -23,6 +25,13 @@ class Event:
 
 
 Observer = Callable[[Event], None]
+
+
+def line(event: Event) -> str:
+    """An event of this moment as a line of JSON: ``time`` (UTC, ISO 8601), its fields, and those of ``data``."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    found = {"time": time, "kind": event.kind, "stage": event.stage, "label": event.label, **event.data}
+    return json.dumps(found, ensure_ascii=False) + "\n"
 
 
 def silent(event: Event) -> None:

@@ -112,5 +112,9 @@ class HookSpecs:
         """Trackers. Target: a class ``(options, out: Path)`` whose instances are called with every
         ``o2mkd_bench.Event`` of a run and closed with ``close()`` at its end."""
 
+    @hookspec
+    def register_executors(self, register: Register) -> None:
+        """Executors. Target: a subclass of ``o2mkd_bench.core.executor.Executor`` whose module is torch-free."""
+
 
 KINDS = tuple(name.removeprefix("register_") for name in vars(HookSpecs) if name.startswith("register_"))

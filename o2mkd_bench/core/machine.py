@@ -74,6 +74,20 @@ def resolve_device(device: str) -> str:
     return f"cuda:{index}"
 
 
+def gpus_like(device: str) -> tuple[str, ...]:
+    """The UUIDs of the GPUs that a suite's ``device`` means: for ``auto`` and ``cuda`` all of the first one's model.
+
+    Raises:
+        UserError: as :func:`resolve_device`.
+    """
+    resolved = resolve_device(device)
+    if resolved == "cpu":
+        return ()
+    gpus = _visible_gpus()
+    first = gpus[int(resolved.removeprefix("cuda:"))]
+    return (first.uuid,) if ":" in device else tuple(gpu.uuid for gpu in gpus if gpu.name == first.name)
+
+
 def device_name(device: str) -> str:
     """The model of a resolved device, which is part of a speed reading's identity.
 
@@ -84,10 +98,15 @@ def device_name(device: str) -> str:
     """
     device = resolve_device(device)
     if device == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        count = int(threads) if threads.isdecimal() and int(threads) > 0 else _cores()
+        count = threads()
         return f"{_cpu_model()}, {count} thread{'s' * (count > 1)}"
     return _visible_gpus()[int(device.removeprefix("cuda:"))].name
+
+
+def threads() -> int:
+    """The threads torch would use here: ``OMP_NUM_THREADS``, else the cores of this process."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else _cores()
 
 
 def _visible_gpus() -> list[_Gpu]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -19,6 +20,7 @@ from .checkpoints import download_hub, resolve_hub
 from .errors import CorruptArtifact, UserError
 from .machine import device_name, resolve_device
 from .measures import Machine
+from .mirror import Mirror, parse_url
 from .mode import resolve_mode
 from .plan import AXES, Plan
 from .plugins import Registry
@@ -70,8 +72,17 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def store_at(path: Path | None) -> Store:
-    """``--store``, else ``O2MKD_STORE``, else ``.o2mkd/store`` in the working directory."""
-    return Store(path or Path(os.environ.get(STORE_VARIABLE) or ".o2mkd/store"))
+    """``--store``, else ``O2MKD_STORE``, else ``.o2mkd/store`` in the working directory.
+
+    Of a store at a URL this machine keeps what it has read below ``.o2mkd/cache``.
+
+    Raises:
+        UserError: for a URL that nothing installed can open.
+    """
+    text = str(path or os.environ.get(STORE_VARIABLE) or ".o2mkd/store")
+    if (url := parse_url(text)) is None:
+        return Store(Path(text))
+    return Mirror(url, Path(".o2mkd/cache", hashlib.sha256(url.encode()).hexdigest()[:16]))
 
 
 def this_machine(suite: Suite) -> Machine:

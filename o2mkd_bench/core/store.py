@@ -1,8 +1,8 @@
 """Artifacts under their identity: written atomically, manifest last, verified when read, locked between processes.
 
 Layout below the root: ``artifacts/<id[:2]>/<id>/`` (files and ``manifest.json``), ``work/<id>/`` (scratch of a stage in
-progress), ``locks/``, ``failed/<id>.json``, ``tmp/`` (drafts) and ``corrupt/``. Nothing is created before the first
-write, so a store that is mounted read-only can be read.
+progress), ``locks/``, ``failed/<id>.json``, ``tmp/`` (drafts), ``corrupt/`` and ``runs/`` (logs). Nothing is created
+before the first write, so a store that is mounted read-only can be read.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
+        self.address = str(self.root)
         self._verified: set[tuple[str, int, int, str]] = set()
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -75,16 +76,15 @@ class Store:
             CorruptArtifact: when it is absent, no manifest, or that of another artifact.
             UserError: when a newer o2mkd-bench wrote it.
         """
-        path = self._place(id) / MANIFEST
         try:
-            manifest = Manifest.parse(path.read_bytes())
+            manifest = Manifest.parse(self._manifest(id))
         except OSError as error:
             raise CorruptArtifact(id, f"its manifest cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise CorruptArtifact(id, "its manifest is damaged") from error
         if manifest.schema_version > SCHEMA_VERSION:
             raise UserError(
-                f"the store {self.root} was written by a newer o2mkd-bench (manifests of version "
+                f"the store {self.address} was written by a newer o2mkd-bench (manifests of version "
                 f"{manifest.schema_version}); update o2mkd-bench or choose another store with --store DIR"
             )
         if manifest.identity != id:
@@ -156,7 +156,7 @@ class Store:
         with self._draft(id) as folder:
             draft = Draft(folder)
             yield draft
-            made = {"created": _now(), "files": seal(folder), "meta": draft.meta}
+            made = {"created": now(), "files": seal(folder), "meta": draft.meta}
             self._commit(folder, manifest.model_copy(update=made))
 
     @contextmanager
@@ -183,7 +183,7 @@ class Store:
                 self._place(id).rename(target)
             except FileNotFoundError:
                 return
-            record = {"identity": id, "reason": reason, "created": _now()}
+            record = {"identity": id, "reason": reason, "created": now()}
             write_synced(target.with_suffix(".json"), json.dumps(record, indent=2))
 
     def work(self, id: str) -> Path:
@@ -204,7 +204,7 @@ class Store:
     def fail(self, id: str, label: str, reason: str, category: str) -> None:
         """Record why the stage could not be made; the last failure stands until the artifact is committed."""
         with self.guard():
-            record = {"identity": id, "label": label, "reason": reason, "category": category, "created": _now()}
+            record = {"identity": id, "label": label, "reason": reason, "category": category, "created": now()}
             final, draft = self._failure(id), self._temporary(id)
             for path in (final, draft):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +225,8 @@ class Store:
 
     def gc(self, keep: AbstractSet[str], dry_run: bool = False) -> Freed:
         """Remove artifacts not in ``keep``, incomplete ones, drafts nobody writes, and everything in ``corrupt/``.
+
+        The logs of runs that have ended go too.
 
         Scratch folders stay for stages in ``keep`` that are not made yet. What another process has locked stays.
         """
@@ -278,6 +280,9 @@ class Store:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    def _manifest(self, id: str) -> bytes:
+        return (self._place(id) / MANIFEST).read_bytes()
+
     def _place(self, id: str) -> Path:
         return self.root / "artifacts" / id[:2] / check_identity(id)
 
@@ -297,6 +302,7 @@ class Store:
         return [
             *_inside(self.root / "tmp", _NUMBERED),
             *_inside(self.root / "corrupt", _NUMBERED),
+            *_inside(self.root / "runs", _WHOLE),
             *((path, id) for path, id in work if id not in keep or self.has(id)),
         ]
 
@@ -344,7 +350,8 @@ class Store:
         return size
 
 
-def _now() -> str:
+def now() -> str:
+    """This moment, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -145,6 +145,7 @@ class Suite(Block):
         cuda_graphs: whether sampling replays a network's call as a CUDA graph; ``auto`` is wherever there is CUDA.
         cohort: students that train on one teacher pass; ``auto`` is as many as share a stream and fit into memory.
         checkpoint_activations: students compute activations twice instead of keeping them.
+        time_limit: seconds a stage may take before it is ended and has failed, n that train together n times as many.
     """
 
     name: FolderName
@@ -173,6 +174,7 @@ class Suite(Block):
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()
     checkpoint_every: float = neutral(60.0, gt=0)
+    time_limit: float | None = neutral(None, gt=0)
 
     _path: Path | None = PrivateAttr(default=None)
     _base: Path = PrivateAttr(default_factory=Path.cwd)

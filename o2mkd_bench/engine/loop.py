@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.disk import keep, kept
 from ..core.errors import Diverged
+from ..core.interrupts import held_back
 from ..core.intervals import Interval
 from .learner import Learner
 from .ledger import Ledger
@@ -193,7 +194,8 @@ def train_together(source: Source, members: list[Member], clock: Clock = time.pe
 
     Those at the smallest position of the stream make a step together while the others wait for them, so that whoever
     is behind catches up. ``members`` may be added to whenever a member is given back. On the CPU each ends with the
-    bits that it would have alone. Let go of what you are given: it holds the memory of a network.
+    bits that it would have alone. Let go of what you are given: it holds the memory of a network. An interrupt comes
+    between two steps, with all checkpoints kept.
     """
     while members:
         for member in members:
@@ -201,11 +203,16 @@ def train_together(source: Source, members: list[Member], clock: Clock = time.pe
         device = members[0].learner.device
         ledger = Ledger(device, clock)
         left: list[Left] = []
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), held_back() as interrupted:
             ledger.open()
-            while not left:
+            while not left and not interrupted():
                 left = _step(source, members, ledger, clock)
             ledger.close()
+            if interrupted():
+                broken = [one.member for one in left if one.error is not None]
+                for member in members:
+                    if member not in broken:
+                        member.park()
         gone = {id(one.member) for one in left}
         members[:] = [member for member in members if id(member) not in gone]
         del member

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.errors import StageFailed
+from ..core.machine import device_name
 from ..core.mode import Mode
 from ..core.plan import Stage
 from ..core.schedule import NoiseSchedule
@@ -35,6 +37,8 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     model on latents it is the drawing of latents, not their decoding, which all rows share.
     """
     spec, clock = stage.spec, Stopwatch()
+    if spec["device"] != (name := device_name(bench.device)):
+        raise StageFailed(f"{stage.label} is for {spec['device']}, its worker has {name}; use machines of one kind")
     networks = stage.local["networks"]
     schedule = NoiseSchedule.from_scheduler_config(networks[0]["schedule"])
     program = solver(spec, schedule, bench.registry)

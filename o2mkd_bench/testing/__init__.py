@@ -15,11 +15,12 @@ class each. Needs pytest, which nothing else of this package imports.
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{part}" for part in ("contract", "data", "kd", "metrics", "plans", "samplers"))
+    *(f"{__name__}.{part}" for part in ("contract", "data", "executors", "kd", "metrics", "plans", "samplers"))
 )
 
 from .contract import Contract
 from .data import DatasetContract
+from .executors import ExecutorContract
 from .kd import KDMethodContract
 from .metrics import MetricContract
 from .plans import IntervalRuleContract, WrapperContract
@@ -28,6 +29,7 @@ from .samplers import SamplerContract
 __all__ = [
     "Contract",
     "DatasetContract",
+    "ExecutorContract",
     "IntervalRuleContract",
     "KDMethodContract",
     "MetricContract",

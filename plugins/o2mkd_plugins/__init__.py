@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from o2mkd_bench.core.hookspecs import Register, hookimpl
+from o2mkd_bench.executors.local import LocalOptions
 
 from .datasets.options import (
     CelebAHQOptions,
@@ -12,6 +13,7 @@ from .datasets.options import (
     ImageFolderOptions,
     LsunOptions,
 )
+from .executors.options import RayOptions
 from .kd.options import FeatureOptions, OutputOptions, RelationOptions, TaskOptions
 from .metrics import options as metrics
 from .models.options import DiTOptions, UNet2DOptions
@@ -26,7 +28,7 @@ from .samplers.options import (
     SigmaOptions,
     UniPCOptions,
 )
-from .trackers.options import JsonLinesOptions
+from .trackers.options import JsonLinesOptions, TensorBoardOptions, WandbOptions
 from .wrappers.options import O2MKDOptions, SingleOptions
 
 api = 1
@@ -269,4 +271,33 @@ def register_trackers(register: Register) -> None:
         "o2mkd_plugins.trackers.jsonl:JsonLines",
         options=JsonLinesOptions,
         summary="every event as a line of events.jsonl",
+    )
+    register(
+        "tensorboard",
+        "o2mkd_plugins.trackers.tensorboard:TensorBoard",
+        options=TensorBoardOptions,
+        summary="losses as TensorBoard shows them",
+    )
+    register(
+        "wandb",
+        "o2mkd_plugins.trackers.wandb:Wandb",
+        options=WandbOptions,
+        summary="losses in Weights & Biases, offline unless WANDB_MODE says otherwise",
+    )
+
+
+@hookimpl
+def register_executors(register: Register) -> None:
+    register(
+        "local",
+        "o2mkd_bench.executors.local:Local",
+        options=LocalOptions,
+        summary="worker processes on this machine, one a GPU",
+    )
+    register(
+        "ray",
+        "o2mkd_plugins.executors.ray:Ray",
+        options=RayOptions,
+        paper="arXiv 1712.05889",
+        summary="tasks of a Ray cluster, or of one started here",
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 from o2mkd_bench import Event
+from o2mkd_bench.core.events import line
 
 from .options import JsonLinesOptions
 
@@ -23,14 +22,7 @@ class JsonLines:
         self._file = (out / "events.jsonl").open("a", encoding="utf-8", newline="\n", buffering=1)
 
     def __call__(self, event: Event) -> None:
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "kind": event.kind,
-            "stage": event.stage,
-            "label": event.label,
-            **event.data,
-        }
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(line(event))
 
     def close(self) -> None:
         self._file.close()
