@@ -1,31 +1,9 @@
 """One toy run that many tests look at."""
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from toy import Events, run, session, suite
-
-from o2mkd_bench.core.session import Session
-from o2mkd_bench.runner import Results
-
-# two students, a warm-up and rounds: every kind of stage there is
-EVERYTHING = suite(
-    wrappers=["single", {"o2mkd": {"students": 2}}],
-    samplers=[{"ddim": {"steps": [2]}}, {"progressive": {"steps": [2], "start": 4}}],
-    include=[{"wrapper": "single", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive*"}],
-)
-
-
-@dataclass(frozen=True)
-class ToyRun:
-    suite: dict
-    session: Session
-    events: Events
-    results: Results
-    store: Path
-    out: Path
+from toy import EVERYTHING, Events, ToyRun, run, session
 
 
 @pytest.fixture(autouse=True, scope="session")

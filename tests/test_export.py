@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import EVERYTHING, ToyRun
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
-from toy import session
+from toy import EVERYTHING, ToyRun, session
 
 from o2mkd_bench import UserError, pipeline
 from o2mkd_bench.cli import main

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def spawn(mapping: Mapping[str, Any], store: Path, out: Path, kill_at: str = "")
     arguments = [json.dumps(dict(mapping)), str(store), str(out), kill_at]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+# two students, a warm-up and rounds: every kind of stage there is
+EVERYTHING = suite(
+    wrappers=["single", {"o2mkd": {"students": 2}}],
+    samplers=[{"ddim": {"steps": [2]}}, {"progressive": {"steps": [2], "start": 4}}],
+    include=[{"wrapper": "single", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive*"}],
+)
+
+
+@dataclass(frozen=True)
+class ToyRun:
+    suite: dict
+    session: Session
+    events: Events
+    results: Results
+    store: Path
+    out: Path
 
 
 def main() -> None:

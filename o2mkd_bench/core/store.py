@@ -77,9 +77,11 @@ class Store:
             UserError: when a newer o2mkd-bench wrote it.
         """
         try:
-            manifest = Manifest.parse(self._manifest(id))
+            content = self._manifest(id)
         except OSError as error:
             raise CorruptArtifact(id, f"its manifest cannot be read ({error.strerror})") from error
+        try:
+            manifest = Manifest.parse(content)
         except ValueError as error:
             raise CorruptArtifact(id, "its manifest is damaged") from error
         if manifest.schema_version > SCHEMA_VERSION:

@@ -5,7 +5,7 @@
 #   results/cifar/run.sh list             every slice: seconds it should take, and its command
 #   results/cifar/run.sh SLICE...         these, then the table of all there is; patterns such as 'headline-*' too
 #   results/cifar/run.sh                  all of them, in the order of the list
-#   results/cifar/run.sh report           the table alone
+#   results/cifar/run.sh report           the table alone: of the slices, and of what OUT has from other machines
 #   results/cifar/run.sh out|in FOLDER    finished stages into FOLDER in parts of 16 MB, and from there into the store
 #
 # CIFAR_TEACHER, CIFAR10_ROOT: see suites/cifar_local.yaml. SUITE: another suite, such as suites/cifar.yaml.
@@ -118,14 +118,14 @@ wanted() {
   return 1
 }
 
-# slice NAME SECONDS SUITE OUT ARGUMENT...: print its command, and run it if it is asked for
+# slice NAME SECONDS SUITE ARGUMENT...: print its command, and run it if it is asked for
 found=0 failed=0
 slice() {
-  local name=$1 seconds=$2 file=$3 place=$4 begun status
-  shift 4
+  local name=$1 seconds=$2 file=$3 begun status
+  shift 3
   wanted "$name" || return 0
   found=1
-  local command=(o2mkd-bench run "$file" "$@" --store "$store" --out "$place")
+  local command=(o2mkd-bench run "$file" "$@" --store "$store" --out "$work/slices/$name")
   echo "# $name: about $seconds s"
   shown "${command[@]}"
   [[ $listing ]] && return 0
@@ -134,7 +134,11 @@ slice() {
   timeout --foreground --signal=INT --kill-after=30 $((limit - SECONDS + begun)) "${command[@]}"
   status=$?
   ((status == 124)) && echo "$name: cut after $limit s; the same call goes on" >&2
-  ((status)) && failed=1
+  if ((status)); then
+    failed=1
+    # what it had finished by then
+    o2mkd-bench report "$file" "$@" --store "$store" --out "$work/slices/$name" >/dev/null
+  fi
   mkdir -p "$out"
   printf '%s\t%s\t%s s\tstatus %s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$name" $((SECONDS - begun)) "$status" \
     "$(machine)" "$(shown "${command[@]}")" >>"$out/runs.tsv"
@@ -173,7 +177,7 @@ warm() {
 main() {
   local seconds=$1 name=$2
   shift 2
-  slice "$name" "$seconds" "$suite" "$out" "$@" --set speed.enabled=false
+  slice "$name" "$seconds" "$suite" "$@" --set speed.enabled=false
 }
 
 slices() {
@@ -187,7 +191,7 @@ slices() {
   for seed in $seeds; do
     main 440 "headline-$seed" "${headline[@]}" --only weights=ema --only student="$both" --only seed="$seed"
   done
-  slice speed 200 "$suite" "$out" "${headline[@]}" --only weights=ema --only student="$both" --only seed=0
+  slice speed 200 "$suite" "${headline[@]}" --only weights=ema --only student="$both" --only seed=0
   # needs the students of the headline in the store, else it trains them anew
   main 310 raw "${headline[@]}" --only weights=raw --only student="$both" --only seed="$(comma $seeds)"
 
@@ -203,10 +207,10 @@ slices() {
   done
   for seed in $seeds; do
     # its speeds are its own, as each seed has other edges
-    slice "auto-$seed" 280 "$suite" "$out" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$both" \
+    slice "auto-$seed" 280 "$suite" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$both" \
       --only seed="$seed"
   done
-  slice speed-edges 240 "$suite" "$out" "${lone[@]}" --only wrapper=$students_and_edges --only student="$both" \
+  slice speed-edges 240 "$suite" "${lone[@]}" --only wrapper=$students_and_edges --only student="$both" \
     --only seed=0
   for seed in $seeds; do
     for student in $students; do
@@ -255,23 +259,35 @@ slices() {
   fi
   # the speeds of what is left share what is read above, save progressive's
   for seed in $tuning_seeds; do
-    slice "tuning-$seed" 490 "$tuning" "$out/tuning" --only seed=$seed
+    slice "tuning-$seed" 490 "$tuning" --only seed=$seed
   done
 }
 
 # of STUDENT HALF QUARTER: the seconds that belong to a width
 of() { [[ $1 == half ]] && echo "$2" || echo "$3"; }
 
+# merged SUITE OUT [SLICE...]: the table of a suite in OUT: what the store has of it, the slices, and what OUT had before
+merged() {
+  local file=$1 place=$2 plan=$work/plan/$(basename "$1" .yaml)
+  shift 2
+  [[ -e $place/results.json ]] && set -- "$@" "$place"
+  # the plan comes first: it has every cell, in its order, those that nobody has made too
+  o2mkd-bench report "$file" --store "$store" --out "$plan" >/dev/null && o2mkd-bench report "$plan" "$@" --out "$place"
+}
+
 report() {
-  local command=(o2mkd-bench report "$suite" --store "$store" --out "$out" "$@")
-  shown "${command[@]}" >&2
-  "${command[@]}"
+  shopt -s nullglob
+  local every=("$work"/slices/*/results.json) main=() tuned=() path
+  for path in "${every[@]%/results.json}"; do [[ ${path##*/} == tuning-* ]] && tuned+=("$path") || main+=("$path"); done
+  merged "$suite" "$out" "${main[@]}" || return
+  ((${#tuned[@]})) || return 0
+  merged "$tuning" "$out/tuning" "${tuned[@]}" >/dev/null
 }
 
 listing='' asked=()
 case ${1:-} in
   list) listing=yes ;;
-  report) shift; report "$@"; exit ;;
+  report) report; exit ;;
   out) exec o2mkd-bench store export "$2" "$suite" "$tuning" --store "$store" ;;
   in) exec o2mkd-bench store import "$2" --store "$store" ;;
   *) asked=("$@") ;;

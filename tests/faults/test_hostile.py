@@ -27,7 +27,7 @@ from runs import TINY, call, one_sentence
 from safetensors.torch import save_file
 from test_bad_input import JUNK, Sandbox, examples, mutate, sandbox, spots
 
-from o2mkd_bench.core.checkpoints import WEIGHTS
+from o2mkd_bench.core.checkpoints import PICKLED, WEIGHTS
 
 __all__ = ["sandbox"]
 
@@ -118,7 +118,7 @@ def test_weights_that_are_no_safetensors_are_refused_when_planned(pipeline: Path
     assert not Path("sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "model.pt"])
+@pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model.pt"])
 def test_pickled_weights_are_never_read(pipeline: Path, tmp_path: Path, name: str) -> None:
     folder = copied(pipeline, tmp_path / "teacher")
     (folder / "unet" / WEIGHTS).unlink()
@@ -126,6 +126,18 @@ def test_pickled_weights_are_never_read(pipeline: Path, tmp_path: Path, name: st
     ended = call("plan", suite(tmp_path, teachers=[{"name": "t", "path": str(folder)}]))
     assert ended.code == 2
     assert "only pickled weights" in one_sentence(ended.err)
+    assert not Path("sprung").exists()
+
+
+def test_weights_from_before_safetensors_are_read_as_tensors_alone(pipeline: Path, tmp_path: Path) -> None:
+    folder = copied(pipeline, tmp_path / "teacher")
+    (folder / "unet" / WEIGHTS).unlink()
+    (folder / "unet" / PICKLED).write_bytes(pickle.dumps(Trap()))
+    path = suite(tmp_path, teachers=[{"name": "t", "path": str(folder)}])
+    ended = call("run", path, "--store", tmp_path / "store", "--out", tmp_path / "out", "--fail-fast")
+    assert ended.code == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert any("cannot be read as weights alone" in line for line in ended.err.splitlines() if "FAILED" in line)
     assert not Path("sprung").exists()
 
 
