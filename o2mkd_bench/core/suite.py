@@ -313,7 +313,8 @@ class _Expansion:
         train = found.get("train")
         if isinstance(train, dict) and "model" in train:
             found["train"] = {**train, "model": self.uses.model(train["model"], (*path, "train", "model"))}
-        uses = [use for use in self.data.get("datasets") or () if isinstance(use, Use)]
+        listed = self.data.get("datasets")
+        uses = [use for use in listed if isinstance(use, Use)] if isinstance(listed, list) else []
         labels = [use.label for use in uses]
         named = found.get("dataset")
         if named is None:

@@ -23,7 +23,7 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
     """
-    names = list(dict.fromkeys(document["suite"] for document in documents))
+    names = list(dict.fromkeys(str(document.get("suite")) for document in documents))
     if len(names) > 1:
         raise UserError(f"results of the suites {' and '.join(names)} are no parts of one table; name those of one")
     ranked = {id(row): (rank, document) for rank, document in enumerate(documents) for row in document["rows"]}
@@ -59,14 +59,14 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
         merged |= {key: value for key, value in row.items() if merged.get(key) in (None, {}) and value is not None}
     if merged["status"] == "done":
         # why another run had not come so far
-        merged["reason"] = found[0]["reason"]
+        merged["reason"] = found[0].get("reason")
     return merged
 
 
 def _axes(documents: Sequence[Results]) -> dict[str, list[Any]]:
     axes: dict[str, dict[Any, None]] = {}
     for document in documents:
-        for axis, labels in document["axes"].items():
+        for axis, labels in document.get("axes", {}).items():
             axes.setdefault(axis, {}).update(dict.fromkeys(labels))
     return {axis: list(labels) for axis, labels in axes.items()}
 
@@ -75,18 +75,18 @@ def _datasets(documents: Sequence[Results]) -> list[dict[str, Any]]:
     every = [entry for document in documents for entry in document.get("datasets", ())]
     for dataset in dict.fromkeys(entry["dataset"] for entry in every):
         entries = [entry for entry in every if entry["dataset"] == dataset]
-        if len({entry["fingerprint"] for entry in entries}) > 1:
-            sources = " and ".join(dict.fromkeys(str(entry["source"]) for entry in entries))
+        if len({entry.get("fingerprint") for entry in entries}) > 1:
+            sources = " and ".join(dict.fromkeys(str(entry.get("source")) for entry in entries))
             raise UserError(f"dataset {dataset} has another content in {sources}; its results are not comparable")
     return _first(documents, "datasets", ("dataset",), "images")
 
 
 def _metrics(documents: Sequence[Results]) -> list[dict[str, Any]]:
     merged = _first(documents, "metrics", ("dataset", "column"), "protocol")
-    known = {(entry.get("dataset"), entry["column"]): entry["protocol"] for entry in merged}
-    for entry in (entry for document in documents for entry in document["metrics"]):
-        if entry["protocol"]:
-            same_protocol(entry["column"], known[entry.get("dataset"), entry["column"]], entry["protocol"])
+    known = {(entry.get("dataset"), entry["column"]): entry.get("protocol") for entry in merged}
+    for entry in (entry for document in documents for entry in document.get("metrics", ())):
+        if protocol := entry.get("protocol"):
+            same_protocol(entry["column"], known[entry.get("dataset"), entry["column"]], protocol)
     return merged
 
 
@@ -95,7 +95,7 @@ def _references(documents: Sequence[Results]) -> list[dict[str, Any]]:
     for document in documents:
         for entry in document.get("references", ()):
             place = merged.setdefault((entry["dataset"], entry["what"]), {**entry, "scores": {}})
-            place["scores"] = {**entry["scores"], **place["scores"]}
+            place["scores"] = {**entry.get("scores", {}), **place["scores"]}
             place |= {key: value for key, value in entry.items() if key not in place}
     return list(merged.values())
 

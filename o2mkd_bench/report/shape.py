@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictFloat, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 # what a terminal obeys is not text
 Text = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -35,9 +45,16 @@ class Curve(Shape):
     t: list[StrictInt | StrictFloat]
     error: list[Number]
 
+    @model_validator(mode="after")
+    def _an_error_for_each(self) -> Curve:
+        if len(self.t) != len(self.error):
+            raise ValueError("t and error must be equally long")
+        return self
+
 
 class Row(Shape):
-    status: Text
+    cell: Text
+    status: Literal["done", "failed", "unresolved", "missing"]
     scores: Scores = None
     reason: Lines | None = None
     speed: Reading | None = None
@@ -69,7 +86,6 @@ class Row(Shape):
     train_seconds: Number = None
     shared_with: Number = None
 
-    cell: Word = None
     prediction: Word = None
     precision: Word = None
     device: Word = None
@@ -113,11 +129,29 @@ class Reference(Shape):
     scores: dict[str, Number] = Field(default_factory=dict)
 
 
+class Dataset(Shape):
+    dataset: Text
+    fingerprint: Word = None
+    source: Word = None
+
+
+class Run(Shape):
+    created: Text | None = None
+    git_commit: Text | None = None
+    machine: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    rows: StrictInt | None = None
+
+
 class Document(Shape):
     schema_version: StrictInt
     suite: Text | None = None
     suite_path: Text | None = None
     rows: list[Row]
+    axes: dict[str, list[Word]] = Field(default_factory=dict)
+    datasets: list[Dataset] = Field(default_factory=list)
+    networks: dict[str, Any] = Field(default_factory=dict)
+    runs: list[Run] = Field(default_factory=list)
     metrics: list[Metric] = Field(default_factory=list)
     references: list[Reference] = Field(default_factory=list)
     created: Text | None = None

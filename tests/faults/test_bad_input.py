@@ -354,8 +354,11 @@ def documents(draw: Callable[[Any], Any]) -> Any:
 DOCUMENT = (ROOT / "results" / "quickstart" / "results.json").read_text(encoding="utf-8")
 
 
+FORMATS = ["table", "csv", "md", "latex", "json"]
+
+
 @examples(1500)
-@given(data=documents(), format=st.sampled_from(["table", "csv", "md", "latex", "json", "compare", "write"]))
+@given(data=documents(), format=st.sampled_from([*FORMATS, "compare", "write", "merge"]))
 def test_results_with_anything_anywhere(sandbox: Sandbox, data: Any, format: str) -> None:
     folder = sandbox.folder / "theirs"
     folder.mkdir(exist_ok=True)
@@ -364,6 +367,8 @@ def test_results_with_anything_anywhere(sandbox: Sandbox, data: Any, format: str
         sandbox.refused_or_done("compare", folder, ROOT / "results" / "quickstart")
     elif format == "write":
         sandbox.refused_or_done("report", folder, "--out", sandbox.folder / "out")
+    elif format == "merge":
+        sandbox.refused_or_done("report", ROOT / "results" / "quickstart", folder, "--out", sandbox.folder / "out")
     else:
         ended = sandbox.refused_or_done("report", folder, "--format", format)
         assert "\x1b" not in ended.out
