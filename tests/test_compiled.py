@@ -136,6 +136,15 @@ class TestCompiled:
             close(call(x, t), call.eager(x, t))
         assert len(graphs) == count
 
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_a_slice_is_no_other_graph(self, graphs, trained):
+        # experts see parts of a batch, and a run that goes on begins in the middle of the stream
+        call = Call(Family(), Denoiser().eval().requires_grad_(trained), "fp32", ON)
+        x, t = batch(12)
+        for start in (4, 0, 8):
+            close(call(x[start : start + 4], t[start : start + 4]), call.eager(x, t)[start : start + 4])
+        assert len(graphs) == 1
+
     def test_a_captured_batch_size_has_a_graph_of_its_own(self, graphs):
         call = Call(Family(), Denoiser().eval().requires_grad_(False), "fp32", ON)
         router = Graphs([call], pytest.fail, None)

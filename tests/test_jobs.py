@@ -66,6 +66,18 @@ def test_a_warm_up_and_k_experts_that_continue_it():
     assert low.student == {"width": 0.5}
 
 
+def test_experts_begin_their_moments_anew():
+    warmup, *rest = lift(warmup=0.3, restart=0.1)
+    assert warmup.restart == 0
+    assert [job.restart for job in rest] == [7, 7]
+    assert rest[0].spec()["restart"] == 7
+
+
+@pytest.mark.parametrize("options", [{"restart": 0}, {"students": 1}, {"init": "scratch"}, {"warmup": 0}])
+def test_who_has_no_moments_of_other_timesteps_goes_on_with_them(options):
+    assert all(job.restart == 0 and "restart" not in job.spec() for job in lift(**options))
+
+
 @pytest.mark.parametrize("init", ["teacher", "scratch"])
 def test_without_a_shared_start_there_is_no_warm_up(init):
     jobs = lift(init=init, warmup=0.3)
@@ -235,7 +247,7 @@ def test_a_loss_is_not_normalised_without_intervals(options):
 def test_what_is_not_set_enters_no_identity():
     spec = {"trains", "law", "batch", "steps", "offset", "horizon", "pace"}
     assert set(plain().spec()) == spec
-    assert all(set(job.spec()) == spec for job in lift())
+    assert all(set(job.spec()) == spec for job in lift(restart=0))
 
 
 GENERALISTS = list(
@@ -298,6 +310,7 @@ def test_baselines_see_what_the_lifted_jobs_see():
     [
         ({"start": "warmpu"}, "expert-0 starts from 'warmpu', which is no job before it"),
         ({"role": "warmup"}, "two jobs have the role 'warmup'"),
+        ({"start": "scratch"}, "expert-0 starts from scratch and has no moments to begin anew"),
         ({"steps": 0}, "expert-0 would train 0 steps"),
         ({"serves": Interval(0, 400)}, r"\[0, 400\), \[500, 1000\) do not cover \[0, 1000\) exactly once"),
         ({"serves": Interval(0, 600)}, "do not cover"),

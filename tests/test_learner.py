@@ -74,6 +74,33 @@ def test_learning_rate_at_every_position(schedule, warmup):
     )
 
 
+def test_a_restart_rises_to_the_course_of_the_learning_rate():
+    found = rates(learner(Course(6, offset=8, horizon=20, restart=4)), 6)
+    rises = (0.25, 0.5, 0.75, 1, 1, 1)
+    assert found == pytest.approx([COURSES["cosine"](8 + p) * r for p, r in enumerate(rises)], abs=1e-12)
+
+
+def test_a_restart_takes_over_weights_and_average_but_no_moments(tmp_path):
+    before = learner(Course(8, horizon=20))
+    train(before, range(8))
+    before.save(tmp_path / "state.safetensors", {})
+    after = learner(Course(12, offset=8, horizon=20, restart=4), seed=1)
+    after.load(tmp_path / "state.safetensors", resume=False)
+    kept = {k: v for k, v in everything(before).items() if not k.startswith("opt/")}
+    assert same(everything(after), kept)
+
+
+def test_a_kill_in_a_restart_is_not_noticed(tmp_path):
+    course = Course(6, offset=8, horizon=20, restart=4)
+    whole, half, other = (learner(course) for _ in range(3))
+    train(whole, range(6))
+    train(half, range(2))
+    half.save(tmp_path / "state.safetensors", {})
+    other.load(tmp_path / "state.safetensors", resume=True)
+    train(other, range(2, 6))
+    assert same(everything(other), everything(whole))
+
+
 def test_an_expert_runs_through_the_rest_of_the_course_at_its_pace():
     course = Course(4, offset=8, horizon=20, pace=Fraction(12, 4))
     assert rates(learner(course), 4) == pytest.approx([COURSES["cosine"](p) for p in (8, 11, 14, 17)], abs=1e-12)

@@ -31,6 +31,8 @@ class Job:
         student: the student spec, which a wrapper may replace.
         normalise: inner edges of intervals whose losses are each divided by their running mean; () for the plain loss.
         stream: 0 for the stream that all jobs of a seed read; another number for one of other images, t and noise.
+        restart: steps over which the learning rate rises once more, the optimiser's moments begun anew; 0 for a job
+            that goes on with those of what it continues.
     """
 
     role: str
@@ -45,6 +47,7 @@ class Job:
     student: Mapping[str, Any] = field(default_factory=dict)
     normalise: tuple[int, ...] = ()
     stream: int = 0
+    restart: int = 0
 
     @property
     def images(self) -> Fraction:
@@ -54,7 +57,7 @@ class Job:
     def spec(self) -> dict[str, Any]:
         """What of a job decides its result; where it serves does not.
 
-        ``normalise`` and ``stream`` are in it where they are set.
+        ``normalise``, ``stream`` and ``restart`` are in it where they are set.
         """
         spec: dict[str, Any] = {
             "trains": [self.trains.lo, self.trains.hi],
@@ -69,6 +72,8 @@ class Job:
             spec["normalise"] = list(self.normalise)
         if self.stream:
             spec["stream"] = self.stream
+        if self.restart:
+            spec["restart"] = self.restart
         return spec
 
     def pace(self) -> Fraction:
@@ -158,6 +163,8 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
                 f"{where}: {job.role} continues {job.start}, whose running means are those of other intervals; give "
                 "both the same normalise"
             )
+        if job.restart and job.start in ("scratch", "teacher"):
+            raise UserError(f"{where}: {job.role} starts from {job.start} and has no moments to begin anew; drop restart")
         known.add(job.role)
     served = sorted(job.serves for job in jobs if job.serves is not None)
     ends = [0, *(i.hi for i in served)]

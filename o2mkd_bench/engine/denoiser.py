@@ -154,13 +154,20 @@ class Call:
     def _in_precision(
         self, run: Callable[..., Any], network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None, *taps: Taps
     ) -> Any:
-        if self._trained and self.mode.compile != "off":
-            # students of one architecture see whole batches, halves and quarters: one graph for all of them
+        if self.mode.compile != "off":
+            x, t = _from_the_start(x), _from_the_start(t)
+            condition = None if condition is None else _from_the_start(condition)
             for value in (x, t, condition):
-                if value is not None:
+                # students of one architecture see whole batches, halves and quarters: one graph for all of them
+                if self._trained and value is not None:
                     torch._dynamo.maybe_mark_dynamic(value, 0)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != self._input):
             return run(self.family, network, x, t, condition, self._input, *taps)
+
+
+def _from_the_start(value: Tensor) -> Tensor:
+    """``value`` at the start of its storage: for a slice from further on, a graph would be compiled anew."""
+    return value if value.storage_offset() == 0 else value.clone(memory_format=torch.preserve_format)
 
 
 class Experts:

@@ -29,12 +29,15 @@ class Course:
         offset: steps of the lineage before it.
         horizon: positions over which the learning rate is laid out, the same along a lineage.
         pace: positions a step; above 1 where a job must run through what is left in fewer steps than others.
+        restart: first steps over which the learning rate rises linearly to what the schedule says, with moments begun
+            anew; 0 for a job that takes over those of what it continues.
     """
 
     steps: int
     offset: int = 0
     horizon: int = 0
     pace: Fraction = Fraction(1)
+    restart: int = 0
 
     def position(self, step: int) -> float:
         """Where step ``step`` of the job stands: ``offset + step * pace`` of ``horizon``."""
@@ -116,6 +119,9 @@ class Learner:
         """One optimiser step on the gradients so far, which are gone after: nobody keeps them while others train."""
         # timm annotates whole updates; its formulas hold for every position
         self.schedule.step_update(self.course.position(self.position))  # type: ignore[arg-type]
+        if self.position < self.course.restart:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= (self.position + 1) / self.course.restart
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -148,6 +154,8 @@ class Learner:
     def load(self, path: Path, resume: bool) -> dict[str, Any]:
         """Take over a saved state; with ``resume`` also its position within the job. Gives back ``extra``.
 
+        Where the course restarts, moments are taken over with ``resume`` alone.
+
         Raises:
             SafetensorError: for a file that is no saved state; the learner is as it was then.
         """
@@ -166,7 +174,9 @@ class Learner:
             # fused optimisers take all they work on to be strided alike
             moment = value.cpu() if name == "step" else torch.empty_like(self.parameters[int(index)]).copy_(value)
             state.setdefault(int(index), {})[name] = moment
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if resume or not self.course.restart:
+            groups_now = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups_now})
         self.scaler.load_state_dict(meta["scaler"])
         if resume:
             self.position = int(meta["position"])

@@ -98,22 +98,24 @@ class Dispatch(Walk):
         """``first`` and all who can train with it, in as many parts as it takes to leave no slot empty."""
         if first.kind not in KINDS or first.identity in self._alone or first.local.get("cohort") == 1:
             return [[first]]
-        slots = self.executor.slots
-        # with one slot, experts join in the middle where their warm-up ends; else they are for other slots
-        pool = self._queue.ready() if slots > 1 else self._queue.waiting()
-        pending = self._queue.pending
+        parts, pending = self._parts(), self._queue.pending
+        # in one part, experts join in the middle where their warm-up ends; else they are for slots that are free then
+        pool = self._queue.waiting() if parts == 1 else self._queue.ready()
         others = [
             one
             for one in pool
             if one.identity not in self._alone and one.identity not in self._later and not self._doubted(one, pending)
         ]
         found = [first, *gather(first, others, lambda name: name not in pending and name not in self.failed)]
-        if slots == 1:
-            return [found]
-        groups = {repr(stream_of(one)) if one.kind in KINDS else one.identity for one in pool if not _alone(one)}
-        busy = sum(self.plan.stages[one.task.names[0]].kind in KINDS for one in self._flights.values())
-        size = -(-len(found) // max(1, slots // (len(groups) + busy)))
+        size = -(-len(found) // parts)
         return [found[start : start + size] for start in range(0, len(found), size)]
+
+    def _parts(self) -> int:
+        """How many slots there are for each stream: those of a machine with more seeds than GPUs have one."""
+        ready = [one for one in self._queue.ready() if not _alone(one)]
+        groups = {repr(stream_of(one)) if one.kind in KINDS else one.identity for one in ready}
+        busy = sum(self.plan.stages[one.task.names[0]].kind in KINDS for one in self._flights.values())
+        return max(1, self.executor.slots // (len(groups) + busy))
 
     def _settle(self, name: str) -> None:
         """``name`` is made or has failed: those that waited for it need not any more."""

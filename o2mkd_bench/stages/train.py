@@ -89,7 +89,7 @@ def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:
 
 def course(job: Mapping[str, Any]) -> Course:
     """The course of a job in its stage's spec; a lineage reaches its horizon with its last step."""
-    return Course(job["steps"], job["offset"], job["horizon"], Fraction(job["pace"]))
+    return Course(job["steps"], job["offset"], job["horizon"], Fraction(job["pace"]), job.get("restart", 0))
 
 
 def watcher(stage: Stage, bench: Bench, clock: Stopwatch) -> Watch:

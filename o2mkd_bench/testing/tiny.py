@@ -88,7 +88,7 @@ def train(fresh: Fresh, folder: Path, students: int | None, width: float) -> dic
         name, method, needs_teacher = fresh()
         student = network(width, seed=2)
         objective = Distil(setting(job), student, Methods({name: method}), teacher(guide) if needs_teacher else None)
-        course = Course(job.steps, job.offset, job.horizon, job.pace())
+        course = Course(job.steps, job.offset, job.horizon, job.pace(), job.restart)
         learner = Learner(student.network, Training().model_dump(), course, adapters=objective.adapters())
         if job.start != "scratch":
             learner.load(folder / f"{job.start}.safetensors", resume=False)

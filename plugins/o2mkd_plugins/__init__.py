@@ -76,6 +76,7 @@ def register_wrappers(register: Register) -> None:
         "o2mkd",
         f"{home}.o2mkd:O2MKD",
         options=O2MKDOptions,
+        version="2",
         paper="arXiv 2410.04191",
         summary="K students, one an interval of timesteps",
     )

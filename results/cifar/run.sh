@@ -5,25 +5,17 @@
 #   results/cifar/run.sh list             every slice: seconds it should take, and its command
 #   results/cifar/run.sh SLICE...         these, then the table of all there is; patterns such as 'headline-*' too
 #   results/cifar/run.sh                  all of them, in the order of the list
+#   results/cifar/run.sh warm             compile alone, with whatever teacher of that shape and whatever images are there
 #   results/cifar/run.sh report           the table alone: of the slices, and of what OUT has from other machines
 #   results/cifar/run.sh out|in FOLDER    finished stages into FOLDER in parts of 16 MB, and from there into the store
 #
 # CIFAR_TEACHER, CIFAR10_ROOT: see suites/cifar_local.yaml. SUITE: another suite, such as suites/cifar.yaml.
 # WORK: the store and the compiler's caches (.o2mkd/cifar). OUT: tables and pictures (results/cifar).
-# LIMIT: seconds a slice. STUDENTS, SEEDS: of the slices ("half quarter", "0 1 2").
+# LIMIT: seconds a slice. STUDENTS, SEEDS: of the slices ("quarter half", "0 1 2").
+# WORKERS: processes that share the GPU, one a seed unless said otherwise. Students this small keep a processor busier
+# than a GPU, so that three seeds side by side take little longer than one.
 # REHEARSE=1: the slices at toy size on the CPU, in a folder that is removed after unless WORK is given, with
 # STUDENTS=quarter and SEEDS=0 unless they are.
-#
-# What the seconds come from. On one H200 the compiled teacher makes 20,900 evaluations/s, the half-width student
-# 44,900. Training is reckoned from them, per image of a stream: the teacher 48 us, an arm (one student, or the K of an
-# o2mkd row) of half width 90 us, of quarter width 50 us. None of the three was measured in training.
-#   819,200 images, both widths, one student and K = 4: 0.82 M x (48 + 2 x 90 + 2 x 50 us) = 270 s, 3,000 images/s
-#   the same, half width alone: 190 s, 4,400 images/s; quarter width alone: 120 s, 6,800 images/s
-# Drawing 5,000 images with DDIM 10/20/50 and DPM-Solver++ 10/20 is 550,000 evaluations: the teacher 28 s, a row of
-# half width 14 s, of quarter width 8 s; 2.5 s a cell for loading, capturing and scoring; 3 s a probe; 30 s to start
-# Python, read the teacher and the data. Compilation, in three processes at once and first of all: 130 s on a fresh
-# machine, whose cache WORK/inductor holds from then on. Where training gives less than 2,200 images/s a headline slice
-# of both widths no longer fits: take STUDENTS=half and STUDENTS=quarter one after the other, in one store.
 set -uo pipefail
 trap 'exit 130' INT
 cd "$(dirname "$0")/../.."
@@ -33,9 +25,10 @@ tuning=results/cifar/tuning.yaml
 work=${WORK:-.o2mkd/cifar}
 out=${OUT:-results/cifar}
 limit=${LIMIT:-540}
-students=${STUDENTS:-half quarter}
+students=${STUDENTS:-quarter half}
 seeds=${SEEDS:-0 1 2}
 tuning_seeds="100 101 102"
+methods=(output "{output: {}, feature: {task: 0}, label: output+feature}")
 warm_images=5120
 # results/cifar/tuning.yaml lies elsewhere than the suite, and paths in a suite are relative to it
 export CIFAR10_ROOT=${CIFAR10_ROOT:-$root/data/cifar10-jpeg.tar.xz}
@@ -77,26 +70,30 @@ speed: {batch: 8, repeats: 1}
 probe: {points: 3, images: 32}
 YAML
   done
-  cat >>"$1/suite.yaml" <<'YAML'
+  cat >>"$1/suite.yaml" <<YAML
 samplers: [{ddim: {steps: 1}}, {dpm_solver: {steps: 1}}, {progressive: {steps: [1, 2], start: 4}, label: progressive}]
 budgets: [{name: 819k, images: 960}, {name: 1638k, images: 1920}]
+teachers: [{name: ddpm-cifar10-jpeg, path: $1/teacher}]
 # rules that name steps have nothing to say here
 exclude: [{sampler: progressive, weights: raw}, {student: half, wrapper: [o2mkd-8-per-student, single-8x]}]
 YAML
-  cat >>"$1/tuning.yaml" <<'YAML'
+  cat >>"$1/tuning.yaml" <<YAML
 samplers: [{ddim: {steps: 1}}]
 budgets: [{name: 410k, images: 960}]
+teachers: [{name: ddpm-cifar10-jpeg, path: $1/teacher}]
 YAML
 }
 
 if [[ ${REHEARSE:-} && ${1:-} != list ]]; then
   [[ ${WORK:-} ]] || { work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT; }
   mkdir -p "$work"
-  work=$(realpath "$work") students=${STUDENTS:-quarter} seeds=${SEEDS:-0} tuning_seeds=100 warm_images=960
+  work=$(realpath "$work") students=${STUDENTS:-quarter} seeds=${SEEDS:-0}
+  tuning_seeds=100 warm_images=960
   [[ -e $work/suite.yaml ]] || toy "$work" || exit
   export CIFAR10_ROOT=$work/data CIFAR_TEACHER=$work/teacher
   suite=$work/suite.yaml tuning=$work/tuning.yaml out=${OUT:-$work/results}
 fi
+workers=${WORKERS:-$(wc -w <<<"$seeds")}
 store=$work/store
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton
 
@@ -150,20 +147,26 @@ machine() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head
 # What else this makes, data, teacher and reference, they need anyway.
 warm() {
   [[ -e $work/warm ]] && return
-  local tiny=(o2mkd-bench run "$suite" --store "$store" --set seeds=[0] --set methods=[output]
+  local tiny=(o2mkd-bench run "$suite" --store "$store" --set seeds=[0]
     --set "budgets=[{name: warm, images: $warm_images}]" --set 'samplers=[{ddim: {steps: 2}}]'
     --set sampling.images=1280 --set sampling.teacher_steps=[]
     --set 'wrappers=[single, {o2mkd: {students: 4}}]' --set baselines=[] --set exclude=[])
-  local begun=$SECONDS student name done=yes
+  # nobody asks what this teacher scores
+  [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
+  local begun=$SECONDS student method name done=yes
   local -A pids=()
   mkdir -p "$work"
   for student in $students; do
-    # raw weights alone: a teacher has none, and its row stays away
-    timeout "$limit" "${tiny[@]}" --set include=[] --set sampling.weights=[raw] --only weights=raw \
-      --only student="$student" --out "$work/warm-$student" >"$work/warm-$student.log" 2>&1 &
-    pids[$student]=$!
+    for method in "${!methods[@]}"; do
+      name=$student-$method
+      # raw weights alone: a teacher has none, and its row stays away
+      timeout "$limit" "${tiny[@]}" --set include=[] --set sampling.weights=[raw] --only weights=raw \
+        --set "methods=[${methods[method]}]" --only student="$student" --out "$work/warm-$name" \
+        >"$work/warm-$name.log" 2>&1 &
+      pids[$name]=$!
+    done
   done
-  timeout "$limit" "${tiny[@]}" --set 'include=[{student: nobody}]' --out "$work/warm-teacher" \
+  timeout "$limit" "${tiny[@]}" --set methods=[output] --set 'include=[{student: nobody}]' --out "$work/warm-teacher" \
     >"$work/warm-teacher.log" 2>&1 &
   pids[teacher]=$!
   for name in "${!pids[@]}"; do
@@ -173,89 +176,60 @@ warm() {
   echo "compiled in $((SECONDS - begun)) s" >&2
 }
 
-# main SECONDS NAME ARGUMENT...: a slice of the suite, without speeds: those are read once, for all seeds and methods
+# main SECONDS NAME ARGUMENT...: a slice of the suite for all seeds, without speeds: those are read once, for all seeds
+# and methods
 main() {
   local seconds=$1 name=$2
   shift 2
-  slice "$name" "$seconds" "$suite" "$@" --set speed.enabled=false
+  # the ladder of the teacher is a slice of its own
+  slice "$name" "$seconds" "$suite" "$@" --only seed="$(comma $seeds)" --set speed.enabled=false \
+    --set sampling.teacher_steps=[] --workers "$workers"
 }
 
 slices() {
   local seed student both
   both=$(comma $students)
-  local headline=(--only method=output --only wrapper=single,o2mkd-4 --only budget=819k --only sampler=ddim,dpm_solver)
-  local pair=("${headline[@]:2}")
+  local headline=(--only wrapper=single,o2mkd-4 --only budget=819k --only sampler=ddim,dpm_solver)
+  local output=(--only method=output --only budget=819k)
 
   # the teacher alone: its ladder, and what `expect:` in suites/cifar_local.yaml is to say
-  main 110 teacher --set 'include=[{student: nobody}]' --only seed=0
-  for seed in $seeds; do
-    main 440 "headline-$seed" "${headline[@]}" --only weights=ema --only student="$both" --only seed="$seed"
+  slice teacher 110 "$suite" --set 'include=[{student: nobody}]' --only seed=0 --set speed.enabled=false
+  for student in $students; do
+    main "$(of "$student" 540 400)" "headline-$student" --only method=output "${headline[@]}" --only weights=ema \
+      --only student="$student"
+    main "$(of "$student" 540 400)" "features-$student" --only method=output+feature "${headline[@]}" \
+      --only student="$student"
   done
-  slice speed 200 "$suite" "${headline[@]}" --only weights=ema --only student="$both" --only seed=0
+  slice speed 200 "$suite" --only method=output "${headline[@]}" --only weights=ema --only student="$both" --only seed=0
   # needs the students of the headline in the store, else it trains them anew
-  main 310 raw "${headline[@]}" --only weights=raw --only student="$both" --only seed="$(comma $seeds)"
+  main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$both"
 
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
-  local output=(--only method=output --only budget=819k)
   # their baseline is the one student of the headline, which is not to be trained again where its store is gone
   local lone=("${output[@]}" --set baselines=[])
-  for seed in $seeds; do
-    for student in $students; do
-      local own=(--only student="$student" --only seed="$seed")
-      main "$(of "$student" 450 300)" "edges-$student-$seed" "${lone[@]}" --only wrapper=$students_and_edges "${own[@]}"
-    done
-  done
-  for seed in $seeds; do
-    # its speeds are its own, as each seed has other edges
-    slice "auto-$seed" 280 "$suite" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$both" \
-      --only seed="$seed"
+  for student in $students; do
+    main 300 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
+    main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
+    main 700 "controls-$student" "${lone[@]}" --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal \
+      --only student="$student"
+    main 700 "spending-$student" "${lone[@]}" --only wrapper=o2mkd-4-keep,o2mkd-4-scratch,o2mkd-4-full,o2mkd-4-generalists \
+      --only student="$student"
+    main 500 "hints-$student" --only method=feature "${headline[@]}" --only student="$student"
+    main 800 "relations-$student" --only method=relation,none "${headline[@]}" --only student="$student"
+    main 600 "each-2-$student" "${output[@]}" --only wrapper=o2mkd-2-per-student --only student="$student"
+    main 1200 "each-4-$student" "${output[@]}" --only wrapper=o2mkd-4-per-student --only student="$student"
+    main 1000 "times-4-$student" "${output[@]}" --only wrapper=single-4x --only student="$student"
+    main 800 "longer-$student" --only method=output --only wrapper=single,o2mkd-4 --only budget=1638k \
+      --only student="$student"
+    main 600 "progressive-$student" "${output[@]}" --only wrapper=single,o2mkd-4 --only sampler=progressive \
+      --only student="$student"
   done
   slice speed-edges 240 "$suite" "${lone[@]}" --only wrapper=$students_and_edges --only student="$both" \
     --only seed=0
-  for seed in $seeds; do
-    for student in $students; do
-      own=(--only student="$student" --only seed="$seed")
-      main "$(of "$student" 390 280)" "controls-$student-$seed" "${lone[@]}" \
-        --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal "${own[@]}"
-      main "$(of "$student" 380 280)" "spending-$student-$seed" "${lone[@]}" \
-        --only wrapper=o2mkd-4-scratch,o2mkd-4-full,o2mkd-4-generalists "${own[@]}"
-    done
-  done
-  for seed in $seeds; do
-    for student in $students; do
-      own=(--only student="$student" --only seed="$seed")
-      main "$(of "$student" 440 300)" "features-$student-$seed" --only method=output+feature,feature "${pair[@]}" \
-        "${own[@]}"
-      main "$(of "$student" 440 300)" "relations-$student-$seed" --only method=relation,none "${pair[@]}" "${own[@]}"
-    done
-  done
-  for seed in $seeds; do
-    for student in $students; do
-      own=(--only student="$student" --only seed="$seed")
-      main "$(of "$student" 390 270)" "each-2-$student-$seed" "${output[@]}" --only wrapper=o2mkd-2-per-student \
-        "${own[@]}"
-      # of half width 650 s: the limit cuts it, and the same call goes on on the same machine
-      main "$(of "$student" 650 440)" "each-4-$student-$seed" "${output[@]}" --only wrapper=o2mkd-4-per-student \
-        "${own[@]}"
-      main "$(of "$student" 500 370)" "times-4-$student-$seed" "${output[@]}" --only wrapper=single-4x "${own[@]}"
-    done
-  done
-  for seed in $seeds; do
-    for student in $students; do
-      own=(--only student="$student" --only seed="$seed")
-      main "$(of "$student" 440 300)" "longer-$student-$seed" --only method=output --only wrapper=single,o2mkd-4 \
-        --only budget=1638k "${own[@]}"
-      main "$(of "$student" 300 220)" "progressive-$student-$seed" "${output[@]}" --only wrapper=single,o2mkd-4 \
-        --only sampler=progressive "${own[@]}"
-    done
-  done
-  # eight times the budget: two calls each
+  # eight times the budget
   if [[ " $students " == *" quarter "* ]]; then
-    for seed in $seeds; do
-      own=(--only student=quarter --only seed="$seed")
-      main 780 "each-8-quarter-$seed" "${output[@]}" --only wrapper=o2mkd-8-per-student "${own[@]}"
-      main 690 "times-8-quarter-$seed" "${output[@]}" --only wrapper=single-8x "${own[@]}"
-    done
+    main 2000 each-8-quarter "${output[@]}" --only wrapper=o2mkd-8-per-student --only student=quarter
+    main 1800 times-8-quarter "${output[@]}" --only wrapper=single-8x --only student=quarter
   fi
   # the speeds of what is left share what is read above, save progressive's
   for seed in $tuning_seeds; do
@@ -288,6 +262,7 @@ listing='' asked=()
 case ${1:-} in
   list) listing=yes ;;
   report) report; exit ;;
+  warm) warm; exit ;;
   out) exec o2mkd-bench store export "$2" "$suite" "$tuning" --store "$store" ;;
   in) exec o2mkd-bench store import "$2" --store "$store" ;;
   *) asked=("$@") ;;

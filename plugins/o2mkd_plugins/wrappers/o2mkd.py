@@ -50,7 +50,17 @@ class O2MKD(Wrapper):
         start = ("warmup" if warm else "scratch") if o.init == "shared" else o.init
         experts = tuple(
             replace(
-                job, role=f"expert-{k}", trains=t, serves=s, law=law, steps=n, start=start, offset=warm, horizon=horizon
+                job,
+                role=f"expert-{k}",
+                trains=t,
+                serves=s,
+                law=law,
+                steps=n,
+                start=start,
+                offset=warm,
+                horizon=horizon,
+                # one student learns the warm-up's timesteps, and its moments are those of the warm-up
+                restart=round(o.restart * n) if start == "warmup" and len(serves) > 1 else 0,
             )
             for k, (t, s, law, n) in enumerate(zip(trains, serves, laws, steps, strict=True))
         )

@@ -51,6 +51,13 @@ class O2MKDOptions(Options):
         description="shared: one student on all timesteps for `warmup` of the budget, then K copies specialise",
     )
     warmup: float = Field(0.3, ge=0, lt=1, description="share of the budget of the shared start")
+    restart: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of an expert's steps over which its learning rate rises again after the shared start, with "
+        "moments of its own; 0: it goes on with those of all timesteps",
+    )
     overlap: float = Field(0.0, ge=0, le=1, description="an expert also trains on this share of its width on each side")
     allocation: Literal["width", "equal"] = Field(
         "width", description="images by width of the interval (uniform law of t), or equally many for each expert"
