@@ -74,6 +74,16 @@ def test_the_curve_holds_the_steps_it_names():
     assert len(train(SOURCE, Member(few, objective, LOW)).curve) <= LOGS + 1
 
 
+@pytest.mark.parametrize(("steps", "apart"), [(12, 1), (120, 2), (1600, 16), (3200, 16), (100_000, 500)])
+def test_losses_of_short_trainings_are_not_looked_at_all_the_time(steps, apart):
+    member = Member(*make(steps=steps), LOW)
+    noted = []
+    for position in (*range(2 * apart + 1), steps - 1):
+        member.learner.position = position
+        noted += [position] if member.noted else []
+    assert noted == [0, apart, 2 * apart, steps - 1]
+
+
 def test_dropout_depends_on_seed_and_step_alone():
     results = []
     for disturb in (1, 2):

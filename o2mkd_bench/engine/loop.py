@@ -21,8 +21,9 @@ from .ledger import Ledger
 from .philox import Philox
 from .shared import Objective, Source, View
 
-# Often enough to see a divergence early, seldom enough that reading the loss does not stall a GPU.
-LOGS = 200
+# Losses that are looked at in a training: often enough to see a divergence early, and on short ones seldom enough that a
+# GPU is not stalled by every other step, as long as a few remain.
+LOGS, FEW, APART = 200, 50, 16
 
 Clock = Callable[[], float]
 
@@ -90,7 +91,7 @@ class Member:
     def noted(self) -> bool:
         """Whether the step to come is one whose loss is looked at."""
         done, steps = self.learner.position, self.learner.course.steps
-        return done % max(1, steps // LOGS) == 0 or done + 1 == steps
+        return done % max(1, steps // LOGS, min(APART, steps // FEW)) == 0 or done + 1 == steps
 
     def enter(self, now: float) -> None:
         """Go on from the last checkpoint, where there is one."""
