@@ -60,7 +60,7 @@ class Frame:
         self._path: Path | None = arguments.json
         self._start, self._budget = time.monotonic(), arguments.budget
         self.found: dict[str, Any] = {"benchmark": name, "small": self.small, **about(self.device)}
-        self.found |= {"compile": self.mode.compile, "date": datetime.date.today().isoformat()}
+        self.found["compile"] = self.mode.compile
 
     def half(self) -> dict[str, Any]:
         """The student of half the width."""
@@ -165,10 +165,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def about(device: torch.device) -> dict[str, str]:
-    """The machine, in words."""
+    """The machine, in words, and the day."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda) if cuda else "none"}
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda) if cuda else "none"}
+    return {"device": name, **versions, "date": datetime.date.today().isoformat()}
 
 
 def refuse(text: str) -> None:

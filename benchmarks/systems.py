@@ -282,7 +282,7 @@ def table(folder: Path) -> None:
     found = [one for one in found if not one["small"] and one["cuda"] != "none"]
     lines = [HEAD]
     if found:
-        told = {f"{one['device']}, torch {one['torch']}, CUDA {one['cuda']}" for one in found}
+        told = {f"{one['device']}, torch {one['torch']}, CUDA {one['cuda']}, {one['date']}" for one in found}
         lines += ["; ".join(sorted(told)) + ".\n", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
         lines += [_row(_cells(one["system"], part, facts)) for one in found for part, facts in one["parts"].items()]
         if missing := sorted(SYSTEMS.keys() - {one["system"] for one in found}):
