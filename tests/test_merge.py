@@ -49,6 +49,17 @@ def test_the_parts_of_a_table_make_it(whole):
     assert again["runs"] == found["runs"]
 
 
+def test_who_made_rows_is_told_and_not_who_planned_them(whole):
+    made = {**copy.deepcopy(whole), "created": "2026-01-01", "machine": {"cpu": "one that works"}}
+    plan = part(whole, lambda row: False, created="2026-01-02", machine={"cpu": "one that plans"})
+    for row in plan["rows"]:
+        row["device"] = "a desk"
+    made["rows"] = made["rows"][1:]
+    found = merge([plan, made])
+    assert (found["created"], found["machine"]) == ("2026-01-01", made["machine"])
+    assert "a desk" not in markdown(found)
+
+
 def test_cells_of_other_grids_come_behind_in_their_order(whole):
     first, second = copy.deepcopy(whole), copy.deepcopy(whole)
     first["rows"], second["rows"] = first["rows"][:3], second["rows"][2:5]

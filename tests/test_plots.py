@@ -82,8 +82,11 @@ def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figur
     assert [text.get_text() for text in axes.texts] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
     assert {"black", *PALETTE[:3]} == {line.get_color() for line in curves(axes)}
     wrappers = ["o2mkd-2", "single", "single (total of o2mkd-2)", "open: baseline"]
-    names = ["attention", "none", "output", *wrappers, "half", "quarter"]
-    assert [text for text in legend(figure) if "$" not in text] == ["teacher, by NFE", *names]
+    methods = ["attention", "none", "output"]
+    headed = ["method", *methods, "wrapper", *wrappers, "student", "half", "quarter"]
+    assert legend(figure) == ["teacher, by NFE", *headed]
+    bold = [text.get_text() for text in figure.legends[0].get_texts() if text.get_fontweight() == "bold"]
+    assert bold == ["method", "wrapper", "student"]
 
 
 def test_quality_counts_macs_where_nothing_was_timed(drawn: Callable[..., Figure]) -> None:

@@ -150,7 +150,9 @@ def _sharing(every: Sequence[Line]) -> list[str]:
 
 
 def _machine(results: Results, every: Sequence[Line]) -> list[str]:
-    devices = values(every, "device")
+    # a row that nobody has made names the device of whoever planned it
+    made = [row["device"] for line in every for row in line.rows if row["status"] == "done" and row.get("device")]
+    devices = list(dict.fromkeys(made)) or values(every, "device")
     speeds = [row["speed"] for line in every for row in line.rows if row.get("speed")]
     found = [f"device: {listed(devices, ' and ')}"] if devices else []
     known = {**(results.get("machine") or {}), **(results.get("versions") or {})}

@@ -40,6 +40,7 @@ _STYLE: Any = {
     "legend.fontsize": 8,
 }
 _ACROSS = 3
+_HEADING = "heading"
 _RING: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markerfacecolor": "white"}
 _EDGE: dict[str, Any] = {"linestyle": (0, (4, 4)), "linewidth": 0.8, "alpha": 0.7}
 
@@ -198,7 +199,14 @@ def _plain_ticks(axes: Axes) -> None:
 def _heading(text: str) -> Line2D:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], linestyle="none", label=f"$\\bf{{{text}}}$")
+    return Line2D([], [], linestyle="none", label=text, gid=_HEADING)
+
+
+def _legend(figure: Figure, entries: Sequence[Line2D]) -> None:
+    legend = figure.legend(handles=entries, loc="outside right upper")
+    for entry, text in zip(entries, legend.get_texts(), strict=True):
+        if entry.get_gid() == _HEADING:
+            text.set_fontweight("bold")
 
 
 def _entries(title: str, look: Look, style: Callable[[Any], dict[str, Any]]) -> list[Line2D]:
@@ -222,7 +230,7 @@ def _quality_legend(figure: Figure, looks: Looks, teacher: bool) -> None:
         *([Line2D([], [], color="#bbbbbb", linewidth=3, label="pale: raw weights")] if looks.pale else []),
     ]
     if entries:
-        figure.legend(handles=entries, loc="outside right upper")
+        _legend(figure, entries)
 
 
 def per_timestep(results: Results, path: Path) -> None:
@@ -282,7 +290,7 @@ def _errors_legend(figure: Figure, looks: Looks, experts: bool) -> None:
         *([Line2D([], [], color="#bbbbbb", linewidth=2.5, label="pale: raw weights")] if looks.pale else []),
     ]
     if entries:
-        figure.legend(handles=entries, loc="outside right upper")
+        _legend(figure, entries)
 
 
 def samples_grid(images: NDArray[np.uint8], path: Path, columns: int) -> None:
