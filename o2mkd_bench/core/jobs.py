@@ -164,7 +164,7 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
                 "both the same normalise"
             )
         if job.restart and job.start in ("scratch", "teacher"):
-            raise UserError(f"{where}: {job.role} starts from {job.start} and has no moments to begin anew; drop restart")
+            raise UserError(f"{where}: {job.role} starts from {job.start} and has no moments to begin anew")
         known.add(job.role)
     served = sorted(job.serves for job in jobs if job.serves is not None)
     ends = [0, *(i.hi for i in served)]

@@ -21,8 +21,8 @@ from .ledger import Ledger
 from .philox import Philox
 from .shared import Objective, Source, View
 
-# Losses that are looked at in a training: often enough to see a divergence early, and on short ones seldom enough that a
-# GPU is not stalled by every other step, as long as a few remain.
+# Losses that are looked at in a training: often enough to see a divergence early, and on short ones seldom enough that
+# a GPU is not stalled by every other step, as long as a few remain.
 LOGS, FEW, APART = 200, 50, 16
 
 Clock = Callable[[], float]

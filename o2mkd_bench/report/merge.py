@@ -85,7 +85,7 @@ def _datasets(documents: Sequence[Results]) -> list[dict[str, Any]]:
 
 def _metrics(documents: Sequence[Results]) -> list[dict[str, Any]]:
     merged = _first(documents, "metrics", ("dataset", "column"), "protocol")
-    known = {(entry.get("dataset"), entry["column"]): entry.get("protocol") for entry in merged}
+    known = {(entry.get("dataset"), entry["column"]): entry.get("protocol") or {} for entry in merged}
     for entry in (entry for document in documents for entry in document.get("metrics", ())):
         if protocol := entry.get("protocol"):
             same_protocol(entry["column"], known[entry.get("dataset"), entry["column"]], protocol)

@@ -36,8 +36,9 @@ class SingleOptions(Options):
 class O2MKDOptions(Options):
     """One teacher to K students, each on its own interval of timesteps (Zhang & Ma, arXiv 2410.04191).
 
-    The paper's own K, edges and warm-up are not in any text we could read; these defaults are the plain ones
-    (uniform edges, as most timestep-expert papers use) until results/ says better.
+    The paper's own K, edges and warm-up are not in any text we could read. ``restart`` was chosen from measurements
+    (results/restart, results/cifar); the others are the plain ones (uniform edges, as most timestep-expert papers use)
+    until results/ says better.
     """
 
     students: int = Field(2, ge=1, le=1000, description="K, the number of students")
