@@ -2,6 +2,7 @@
 
     python benchmarks/dispatch.py                  # worker processes of this machine
     python benchmarks/dispatch.py --executor ray   # a local Ray, started for this
+    python benchmarks/dispatch.py --device cuda    # a worker on each of two GPUs against one worker on one of them
 
 One thread a worker on all sides. The stages are real ones with artifacts in a store, of a plugin that exists only here.
 """
@@ -15,18 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.executor import Executor, Site
+from o2mkd_bench.core.machine import device_name, gpus_like
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.testing.executors import Laboratory
 
 BARS = {"local": 20.0, "ray": 50.0}
 SPEED_UP = 1.9
+
+# Stages of about a second: of a core, or of an H200, in products of matrices
+DEEDS = {"cpu": ("burn", ""), "cuda": ("multiply 600", "multiply 1")}
 
 
 def executor(name: str, workers: int, site: Site) -> Executor:
@@ -35,34 +43,23 @@ def executor(name: str, workers: int, site: Site) -> Executor:
     return made
 
 
-def laboratory(folder: str) -> Laboratory:
+@contextmanager
+def laboratory(device: str) -> Iterator[Laboratory]:
     """Its store in memory where there is such a place: what a disk takes to synchronise is no dispatch."""
-    return Laboratory(Path(folder))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Laboratory(Path(folder), device)
 
 
-def overhead(name: str, stages: int, workers: int) -> float:
-    """Milliseconds a stage that does nothing, from when all workers are warm to the last one's end."""
-    with scratch() as folder:
-        lab = laboratory(folder)
-        warm = [lab.stage(number) for number in range(workers)]
-        rest = [lab.stage(number, after=tuple(warm)) for number in range(workers, stages + workers)]
+def seconds(name: str, stages: int, workers: int, device: str = "cpu", deed: str = "", first: str = "") -> float:
+    """Seconds from when all workers are warm, by a stage that does ``first`` each, to the end of ``stages`` more."""
+    with laboratory(device) as lab:
+        warm = [lab.stage(number, first) for number in range(workers)]
+        for number in range(workers, stages + workers):
+            lab.stage(number, deed, after=tuple(warm))
         ends: list[float] = []
         lab.until = lambda event: ends.append(time.perf_counter()) if event.kind == "done" else None
         walk = lab.run(lambda site: executor(name, workers, site))
-        assert len(walk.made) == len(warm) + len(rest)
-        return 1e3 * (ends[-1] - ends[workers - 1]) / stages
-
-
-def seconds(name: str, stages: int, workers: int) -> float:
-    """Seconds for stages of one second of computing each, workers warm."""
-    with scratch() as folder:
-        lab = laboratory(folder)
-        warm = [lab.stage(number) for number in range(workers)]
-        for number in range(workers, stages + workers):
-            lab.stage(number, "burn", after=tuple(warm))
-        ends: list[float] = []
-        lab.until = lambda event: ends.append(time.perf_counter()) if event.kind == "done" else None
-        lab.run(lambda site: executor(name, workers, site))
+        assert len(walk.made) == workers + stages, walk.failed
         return ends[-1] - ends[workers - 1]
 
 
@@ -79,44 +76,49 @@ def bare(total: int, processes: int) -> float:
     return time.perf_counter() - start
 
 
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+def overhead(name: str, stages: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds that stages which do nothing take each."""
+    costs = [1e3 * seconds(name, stages, 2) / stages for _ in range(rounds)]
+    best, bar = min(costs), BARS[name]
+    print(f"{name}: {best:.1f} ms a stage (median {median(costs):.1f}), bar {bar:.0f}: {best < bar}")
+    return {"stages": stages, "ms_a_stage": costs}
+
+
+def gain(name: str, stages: int, rounds: int, device: str) -> dict[str, Any]:
+    """How much faster two workers are than one, on stages of a second."""
+    gains = []
+    for _ in range(rounds):
+        one, two = (seconds(name, stages, workers, device, *DEEDS[device]) for workers in (1, 2))
+        gains.append(one / two)
+        print(f"{name}: {stages} stages in {one:.2f} s with one worker, {two:.2f} s with two", file=sys.stderr)
+    print(f"{name}: two workers are {max(gains):.2f} x as fast as one, bar {SPEED_UP}: {max(gains) >= SPEED_UP}")
+    return {"speed_up": gains}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--executor", default="local", choices=sorted(BARS))
-    parser.add_argument("--stages", type=int, default=1000, help="trivial stages")
+    parser.add_argument("--device", default="cpu", choices=sorted(DEEDS))
+    parser.add_argument("--stages", type=int, default=1000, help="trivial stages, on the CPU alone")
     parser.add_argument("--burn", type=int, default=12, help="stages of one second")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    costs = [overhead(given.executor, given.stages, 2) for _ in range(given.rounds)]
-    bar = BARS[given.executor]
-    print(
-        f"{given.executor}: {min(costs):.1f} ms a stage (median {median(costs):.1f}), bar {bar:.0f}: {min(costs) < bar}"
-    )
-    gains, most = [], []
-    for _ in range(given.rounds):
-        one, two = (seconds(given.executor, given.burn, workers) for workers in (1, 2))
-        gains.append(one / two)
-        most.append(bare(given.burn, 1) / bare(given.burn, 2))
-        print(
-            f"{given.executor}: {given.burn} stages in {one:.2f} s with one worker, {two:.2f} s with two",
-            file=sys.stderr,
-        )
-    print(
-        f"{given.executor}: two workers are {max(gains):.2f} x as fast as one, bar {SPEED_UP}: {max(gains) >= SPEED_UP}"
-    )
-    print(f"two bare processes are {max(most):.2f} x as fast as one: less than 2 where others use this machine")
+    found: dict[str, Any] = {"executor": given.executor}
+    if given.device == "cpu":
+        found |= overhead(given.executor, given.stages, given.rounds)
+    else:
+        try:
+            found |= {"device": device_name("cuda"), "gpus": len(gpus_like("cuda"))}
+        except UserError as error:
+            parser.error(str(error))
+        if found["gpus"] < 2:
+            parser.error("two workers need two GPUs of one model, and there is one")
+    found |= gain(given.executor, given.burn, given.rounds, given.device)
+    if given.device == "cpu":
+        found["bare"] = [bare(given.burn, 1) / bare(given.burn, 2) for _ in range(given.rounds)]
+        print(f"two bare processes are {max(found['bare']):.2f} x as fast as one: less than 2 where others compute too")
     if given.json:
-        found = {
-            "executor": given.executor,
-            "stages": given.stages,
-            "ms_a_stage": costs,
-            "speed_up": gains,
-            "bare": most,
-        }
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ..core.events import Event
 from ..core.executor import Executor, Site
+from ..core.machine import gpus_like, resolve_device
 from ..core.plan import Plan, Stage
 from ..core.plugins import registry
 from ..core.store import Store
@@ -55,6 +56,12 @@ class Laboratory(DatasetSource):
             end = time.process_time() + 1.0
             while time.process_time() < end:
                 sum(range(1000))
+        if deed.startswith("multiply"):
+            import torch
+            square = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+            for _ in range(int(deed.split()[1])):
+                square @ square
+            torch.cuda.synchronize()
         image = np.full((1, 1, 4, 4), self.options.number % 256, np.uint8)
         return Images(image, image)
 
@@ -67,8 +74,9 @@ def register_datasets(register):
 class Laboratory:
     """Stages that do what they are told to in the worker that makes them: a plugin package in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder = folder
+        self.device = device
         self.site = folder / "site"
         info = self.site / "o2mkd_laboratory-1.dist-info"
         info.mkdir(parents=True)
@@ -98,8 +106,9 @@ class Laboratory:
 
     def run(self, make: Callable[[Site], Executor], limit: float | None = None, fail_fast: bool = False) -> Dispatch:
         """Make all that is missing through an executor; the walk that did it."""
-        site = Site(self.store.root, "cpu", fail_fast=fail_fast, path=(str(self.site), *sys.path))
-        bench = Bench(self.store, "cpu", self.observer, registry())
+        device, path = resolve_device(self.device), (str(self.site), *sys.path)
+        site = Site(self.store.root, device, gpus_like(self.device), fail_fast=fail_fast, path=path)
+        bench = Bench(self.store, device, self.observer, registry())
         with closing(make(site)) as executor:
             walk = Dispatch(self.plan, bench, fail_fast, executor=executor, limit=limit)
             walk.run(self.plan.stages)
