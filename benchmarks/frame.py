@@ -42,6 +42,15 @@ CIFAR = {
 }
 TOY = CIFAR | {"sample_size": 8, "block_out_channels": [8, 16, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 
+KINDS = {
+    "normalisation": ("group_norm",),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "update": ("multi_tensor", "adam"),
+    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "xmma", "cutlass"),
+    "products": ("gemm", "nvjet", "cublas"),
+}
+"""Parts of a kernel's name, in the order in which they are looked for."""
+
 
 class Frame:
     """One run of one benchmark: where it runs, how big it is, and what it found so far.
@@ -99,6 +108,22 @@ class Frame:
             for name, once in cases.items():
                 read[name].append(self.seconds(once))
         return {name: statistics.median(values) for name, values in read.items()}
+
+    def kinds(self, once: Callable[[], object], calls: float) -> tuple[dict[str, float], float]:
+        """Microseconds of each kind of kernel, and the number of kernels, in one of the ``calls`` made by ``once``."""
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if self.cuda else activity.CPU]) as seen:
+            once()
+            self.wait()
+        spent, count = dict.fromkeys([*KINDS, "other"], 0.0), 0
+        for event in seen.key_averages():
+            took = event.self_device_time_total if self.cuda else event.self_cpu_time_total
+            # the compiler names its own kernels after all that stood around them; it leaves convolutions to libraries
+            name = event.key.lower().replace("convolution", "") if event.key.startswith("triton") else event.key.lower()
+            kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+            spent[kind] += took / calls
+            count += event.count if took else 0
+        return spent, count / calls
 
     def matrix_rate(self) -> float:
         """Operations a second of a bf16 product of 8192 x 8192 matrices of random numbers: the ceiling of it all."""

@@ -139,7 +139,7 @@ def throughput(frame: Frame, batch: int, large: bool = False) -> dict[str, Any]:
     told = {"batch": batch, "images_per_second": found}
     if large or frame.warm:
         return told
-    return told | {"microseconds": {n: kinds(frame, fast[n], STEPS * share[n]) for n in ("by_hand", "ours")}}
+    return told | {"microseconds": {n: frame.kinds(fast[n], STEPS * share[n])[0] for n in ("by_hand", "ours")}}
 
 
 def half_width(frame: Frame, batch: int) -> dict[str, Any]:
@@ -166,30 +166,6 @@ def latency(frame: Frame) -> dict[str, Any]:
 
 def ceiling(frame: Frame) -> dict[str, Any]:
     return {"matrix_flops": frame.matrix_rate(), "flops": frame.flops(frame.config)}
-
-
-KINDS = {
-    "normalisation": ("group_norm",),
-    "attention": ("sdpa", "flash", "fmha", "attention"),
-    "convolutions": ("conv", "fprop", "xmma", "cutlass"),
-    "products": ("gemm", "nvjet", "cublas"),
-}
-"""Parts of a kernel's name, in the order in which they are looked for."""
-
-
-def kinds(frame: Frame, case: Case, calls: float) -> dict[str, float]:
-    """Microseconds of each kind of kernel in one of the ``calls`` of the network that ``case`` makes."""
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if frame.cuda else activity.CPU]) as seen:
-        case()
-        frame.wait()
-    spent = dict.fromkeys([*KINDS, "other"], 0.0)
-    for event in seen.key_averages():
-        # the compiler names its own kernels after all that stood around them; it leaves convolutions to libraries
-        name = event.key.lower().replace("convolution", "") if event.key.startswith("triton") else event.key.lower()
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-        spent[kind] += (event.self_device_time_total if frame.cuda else event.self_cpu_time_total) / calls
-    return spent
 
 
 def startup(frame: Frame, batch: int) -> dict[str, Any]:

@@ -137,6 +137,14 @@ def training(found: Readings) -> Iterator[Row]:
     yield Row("7 students: ours / plain compiled", ratio(ours, compiled))
     share = ratio(get(found, "bound", "seconds", "teacher"), step)
     yield Row("7 students: the teacher's share of a step", None if share is None else 100 * share, "%")
+    for k, text in (("K=1", "the whole batch"), ("K=4", "a quarter of it")):
+        spent = get(found, "bound", "parts", k) or {}
+        seconds = get(found, "bound", "seconds", k)
+        yield Row(f"one student's step, {text}", None if seconds is None else 1e3 * seconds, "ms")
+        yield Row(f"one student's step, {text}: the host's part", spent.get("host"), "ms")
+        for kind in ("convolutions", "products", "normalisation", "attention", "update", "other"):
+            yield Row(f"one student's step, {text}: {kind}", spent.get(kind), "ms")
+        yield Row(f"one student's step, {text}: kernels", spent.get("kernels"))
 
 
 def scoring(found: Readings) -> Iterator[Row]:

@@ -188,7 +188,7 @@ def bound(frame: Frame, batch: int) -> dict[str, Any]:
     steps = 2 if frame.small else 15
     teacher = Call(FAMILY, frame.frozen(frame.config), "bf16", frame.mode, refuse, replay=True).tapped({}, "teacher")
     x, t = inputs(frame, batch)
-    seconds = {"teacher": measured(frame, torch.no_grad()(lambda: teacher(x, t)), steps)}
+    seconds, parts = {"teacher": measured(frame, torch.no_grad()(lambda: teacher(x, t)), steps)}, {}
     for k in WIDTHS:
         network = frame.network(frame.half(), 1).train()
         student = Call(FAMILY, network, "bf16", frame.mode, refuse, replay=True).tapped({}, "student")
@@ -199,9 +199,22 @@ def bound(frame: Frame, batch: int) -> dict[str, Any]:
             learner.step(student(*some)[0].square().mean())
 
         seconds[f"K={k}"] = measured(frame, step, steps)
+        parts[f"K={k}"] = {} if frame.warm else one_step(frame, step)
     whole = seconds["teacher"] + sum(count * seconds[f"K={k}"] for k, count in WIDTHS.items())
     single = batch / (seconds["teacher"] + seconds["K=1"])
-    return {"batch": batch, "seconds": seconds, "single": single, "seven": len(WIDTHS) * batch / whole}
+    return {"batch": batch, "seconds": seconds, "single": single, "seven": len(WIDTHS) * batch / whole, "parts": parts}
+
+
+def one_step(frame: Frame, step: Step) -> dict[str, float]:
+    """Milliseconds of a step: until the host is through with it, and of each kind of kernel; how many there are."""
+    host = []
+    for _ in range(5):
+        frame.wait()
+        start = time.perf_counter()
+        step()
+        host.append(time.perf_counter() - start)
+    spent, kernels = frame.kinds(step, 1)
+    return {"host": 1e3 * statistics.median(host), "kernels": kernels} | {k: v / 1e3 for k, v in spent.items()}
 
 
 def inputs(frame: Frame, rows: int) -> tuple[Tensor, Tensor]:

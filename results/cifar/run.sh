@@ -5,7 +5,8 @@
 #   results/cifar/run.sh list             every slice: seconds it should take, and its command
 #   results/cifar/run.sh SLICE...         these, then the table of all there is; patterns such as 'headline-*' too
 #   results/cifar/run.sh                  all of them, in the order of the list
-#   results/cifar/run.sh warm             compile alone, with whatever teacher of that shape and whatever images are there
+#   results/cifar/run.sh warm [CONFIG]    compile alone; with the config.json of the teacher's U-Net also while neither
+#                                         its weights nor the images are there, on random ones
 #   results/cifar/run.sh report           the table alone: of the slices, and of what OUT has from other machines
 #   results/cifar/run.sh out|in FOLDER    finished stages into FOLDER in parts of 16 MB, and from there into the store
 #
@@ -35,9 +36,10 @@ export CIFAR10_ROOT=${CIFAR10_ROOT:-$root/data/cifar10-jpeg.tar.xz}
 export CIFAR_TEACHER=${CIFAR_TEACHER:-$root/data/ddpm-cifar10-jpeg}
 export PYTHONUNBUFFERED=1
 
-# toy FOLDER: a teacher of a few channels, 300 random images, and both suites in the size for them
-toy() {
-  python3 - "$1" <<'PY'
+# stand_ins FOLDER CONFIG: a teacher of this shape with random weights, in FOLDER/teacher, and 360 images in FOLDER/data
+stand_ins() {
+  python3 - "$1" "$2" <<'PY'
+import json
 import sys
 from pathlib import Path
 
@@ -45,7 +47,7 @@ import numpy as np
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-folder = Path(sys.argv[1])
+folder, config = Path(sys.argv[1]), Path(sys.argv[2])
 draw = np.random.default_rng(0)
 for split, count in (("train", 30), ("test", 6)):
     for name in "abcdefghij":
@@ -53,12 +55,20 @@ for split, count in (("train", 30), ("test", 6)):
         place.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i:04}.png")
-network = UNet2DModel(
-    sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=8,
-    down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), attention_head_dim=2,
-)
+network = UNet2DModel.from_config(json.loads(config.read_text(encoding="utf-8"))).half()
 DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder / "teacher")
 PY
+}
+
+# toy FOLDER: a teacher of a few channels, random images, and both suites in the size for them
+toy() {
+  cat >"$1/config.json" <<'JSON'
+{"_class_name": "UNet2DModel", "sample_size": 32, "layers_per_block": 1, "block_out_channels": [8, 8],
+ "norm_num_groups": 8, "attention_head_dim": 2,
+ "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}
+JSON
+  stand_ins "$1" "$1/config.json" || return
+  local name
   for name in suite tuning; do
     cat >"$1/$name.yaml" <<YAML
 extends: $root/${!name}
@@ -143,10 +153,15 @@ slice() {
 
 machine() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | grep . || uname -m; }
 
-# Compile everything the headline needs at once, on as many cores as there are; the slices then find it in the cache.
-# What else this makes, data, teacher and reference, they need anyway.
+# warm [CONFIG]: compile everything the headline needs at once, on as many cores as there are; the slices then find it
+# in the cache. What else this makes, data, teacher and reference, they need anyway.
 warm() {
   [[ -e $work/warm ]] && return
+  mkdir -p "$work"
+  if [[ ${1:-} ]]; then
+    stand_ins "$work/stand-ins" "$1" || return
+    local -x CIFAR_TEACHER=$work/stand-ins/teacher CIFAR10_ROOT=$work/stand-ins/data
+  fi
   local tiny=(o2mkd-bench run "$suite" --store "$store" --set seeds=[0]
     --set "budgets=[{name: warm, images: $warm_images}]" --set 'samplers=[{ddim: {steps: 2}}]'
     --set sampling.images=1280 --set sampling.teacher_steps=[]
@@ -155,7 +170,6 @@ warm() {
   [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
   local begun=$SECONDS student method name done=yes
   local -A pids=()
-  mkdir -p "$work"
   for student in $students; do
     for method in "${!methods[@]}"; do
       name=$student-$method
@@ -262,7 +276,7 @@ listing='' asked=()
 case ${1:-} in
   list) listing=yes ;;
   report) report; exit ;;
-  warm) warm; exit ;;
+  warm) warm "${2:-}"; exit ;;
   out) exec o2mkd-bench store export "$2" "$suite" "$tuning" --store "$store" ;;
   in) exec o2mkd-bench store import "$2" --store "$store" ;;
   *) asked=("$@") ;;
