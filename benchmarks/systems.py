@@ -218,9 +218,9 @@ class Reading:
         def once() -> None:
             run_program(program, SCHEDULE, denoise, noise, lambda _: torch.randn_like(noise))
 
-        rows = self.batch * (1 if guidance in (None, 1) else 2)
-        estimate = memory.sampling([memory.Network(self.family, config)], rows, self.suite.precision)
-        return self.costs(config) | {"nfe": program.nfe} | self.measured(once, self.batch, estimate)
+        passes = 1 if guidance in (None, 1) else 2
+        estimate = memory.sampling([memory.Network(self.family, config)], passes * self.batch, self.suite.precision)
+        return self.costs(config) | {"nfe": passes * program.nfe} | self.measured(once, self.batch, estimate)
 
     @torch.no_grad()
     def decode(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from o2mkd_bench.core.events import silent
 from o2mkd_bench.core.models import Codec, ModelFamily
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.core.session import check_sources, prepare
+from o2mkd_bench.core.sources import sources
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.core.suite import from_mapping
 from o2mkd_bench.engine.cost import network_cost
@@ -251,6 +252,13 @@ def test_a_damaged_file_is_one_sentence(pipeline: Path) -> None:
     (pipeline / "vae" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be opened as a AutoencoderKL"):
         _ = LatentCodec(pipeline, lambda module: module).vae
+
+
+def test_what_is_made_of_captions_knows_its_plugins_sources(systems: Path, tmp_path: Path) -> None:
+    plan = prepare(from_mapping(suite_of(systems)), tmp_path).plan
+    kinds = {stage.kind: set(sources(stage, registry())) for stage in plan.stages.values()}
+    assert kinds["latents"] == kinds["prompts"] == {"datasets:coco"}
+    assert kinds["codec"] == {"models:unet2d_condition"}
 
 
 def test_without_transformers_a_run_does_not_begin(

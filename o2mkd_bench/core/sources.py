@@ -16,8 +16,10 @@ def sources(stage: Stage, registry: Registry) -> dict[str, str]:
     """``kind:name`` of each plugin that makes ``stage``, to the first 16 hex digits of its module's SHA-256."""
     spec = stage.spec
     named: list[tuple[str, str]] = []
-    if stage.kind == "data":
+    if stage.kind in ("data", "latents", "prompts"):
         named.append(("datasets", spec["name"]))
+    if stage.kind == "codec":
+        named.append(("models", spec["family"]["name"]))
     if "sampler" in spec:
         named.append(("samplers", spec["sampler"]["name"]))
     named += [("kd_methods", m["name"]) for m in spec.get("methods", ())]
