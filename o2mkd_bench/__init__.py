@@ -6,7 +6,11 @@ What a plugin author or a script needs is here; everything that needs torch is i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# GPUs are numbered as nvidia-smi numbers them; by itself CUDA puts the fastest first, where they differ
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 _HOME = {
     "hookimpl": "core.hookspecs",

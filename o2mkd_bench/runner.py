@@ -134,8 +134,9 @@ def check_memory(session: Session) -> None:
     from .stages.cohort import free_memory
     from .stages.memory import Memory, check
 
-    missing = Survey(session.plan, session.store).missing().values()
-    check(missing, Memory(session.plan, session.registry), free_memory(session.machine.device))
+    # asking a GPU takes some of its memory for as long as the process lives
+    if missing := Survey(session.plan, session.store).missing().values():
+        check(missing, Memory(session.plan, session.registry), free_memory(session.machine.device))
 
 
 def settled(session: Session, walk: Walk) -> Session:

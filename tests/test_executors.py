@@ -262,6 +262,42 @@ def test_streams_that_fill_the_slots_stay_whole(tmp_path: Path) -> None:
     assert all(len({label[-1] for label in crew}) == 1 for crew in crews)
 
 
+class Moody(Recorder):
+    """Hangs with all that train together, and dies the first time that one of these is tried alone."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.now = 0.0
+        self._ended: set[int] = set()
+        self._together: set[str] = set()
+        self._died: set[str] = set()
+
+    def wait(self, seconds: float) -> list[Report]:
+        self.now += 1.0
+        (task,) = self._open
+        if len(task.names) > 1:
+            self._together.update(task.names)
+            if task.number not in self._ended:
+                return [Report(task.number, event=Event("start", task.names[0]))]
+        elif task.names[0] not in self._together - self._died:
+            return super().wait(seconds)
+        self._died.update(task.names if len(task.names) == 1 else ())
+        self._open.clear()
+        return [Report(task.number, lost="was ended by SIGKILL")]
+
+    def end(self, number: int) -> None:
+        self._ended.add(number)
+
+
+def test_who_was_ended_with_others_may_still_die_once(tmp_path: Path) -> None:
+    found, executor = session(ONE_SEED, tmp_path), Moody()
+    bench = Bench(found.store, "cpu", Events(), found.registry)
+    walk = Dispatch(found.plan, bench, executor=executor, limit=3.0, clock=lambda: executor.now)
+    walk.run()
+    assert len(executor._died) == 6
+    assert not walk.failed
+
+
 # ---- which executor a run has --------------------------------------------------------------------------------------
 
 

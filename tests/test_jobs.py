@@ -71,6 +71,7 @@ def test_experts_begin_their_moments_anew():
     assert warmup.restart == 0
     assert [job.restart for job in rest] == [7, 7]
     assert rest[0].spec()["restart"] == 7
+    assert [job.restart for job in lift(warmup=0.3, restart=1e-4)[1:]] == [1, 1]
 
 
 @pytest.mark.parametrize("options", [{"restart": 0}, {"students": 1}, {"init": "scratch"}, {"warmup": 0}])

@@ -11,6 +11,7 @@ from results_factory import make
 
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.report.merge import merge
+from o2mkd_bench.report.shape import complaint
 from o2mkd_bench.report.tables import markdown
 from o2mkd_bench.report.write import copied, read, write
 
@@ -22,6 +23,15 @@ def part(whole, keep, **changes):
         if not keep(row):
             row |= {"status": "missing", "scores": {}, "speed": None, "probe": None, "samples": None}
     return found
+
+
+def rows(found):
+    """What rows say, save which run made them."""
+    return [{key: value for key, value in row.items() if key != "run"} for row in found["rows"]]
+
+
+def several_cell(whole):
+    return next(row["cell"] for row in whole["rows"] if row["wrapper"].startswith("o2mkd"))
 
 
 @pytest.fixture
@@ -37,16 +47,52 @@ def test_the_parts_of_a_table_make_it(whole):
     b = part(whole, lambda row: row["seed"] != 0, created="2026-01-02", git_commit="b" * 40)
     for one, other in ((a, b), (b, a)):
         found = merge([one, other])
-        assert found["rows"] == whole["rows"]
+        assert rows(found) == whole["rows"]
         assert (found["created"], found["git_commit"]) == ("2026-01-02", "b" * 40)
         assert {(run["created"], run["rows"]) for run in found["runs"]} == {
             (d["created"], sum(row["status"] == "done" for row in d["rows"])) for d in (a, b)
         }
     assert "made 2026-01-01 to 2026-01-02, in 2 runs, commits aaaaaaaaaaaa, bbbbbbbbbbbb" in markdown(found)
-    # a third part comes to what is merged, whose runs it keeps
+    # a third part comes to what is merged, whose runs it keeps, and none is counted twice
     again = merge([found, part(whole, lambda row: True, created="2026-01-03")])
-    assert again["rows"] == whole["rows"]
+    assert rows(again) == whole["rows"]
     assert again["runs"] == found["runs"]
+    assert merge([a, found])["runs"] == merge([a, b])["runs"]
+    assert not complaint(found)
+    for row in found["rows"]:
+        run = found["runs"][row["run"]]
+        assert run["created"] == ("2026-01-01" if row["seed"] == 0 else "2026-01-02")
+    found["rows"][0]["run"] = 2
+    assert "not in 'runs'" in complaint(found)
+
+
+def test_a_row_without_an_identity_gives_way_to_those_that_have_one(whole):
+    """Rows whose intervals are not known yet have none, and each is a row all the same."""
+    plan = part(whole, lambda row: False)
+    several = [row for row in plan["rows"] if row["wrapper"].startswith("o2mkd")]
+    assert len(several) > 1
+    for row in several:
+        row |= {"cell": "", "status": "unresolved"}
+    assert rows(merge([plan, copy.deepcopy(plan)])) == plan["rows"]
+    # one of them has been made, and stands in its place
+    done = {**copy.deepcopy(whole), "rows": [row for row in whole["rows"] if row["cell"] == several_cell(whole)]}
+    found = rows(merge([plan, done]))
+    assert [row["status"] for row in found].count("unresolved") == len(several) - 1
+    assert found.index(done["rows"][0]) == whole["rows"].index(done["rows"][0])
+    assert rows(merge([plan, whole])) == whole["rows"]
+    assert len(merge([whole, plan])["rows"]) == len(whole["rows"])
+
+
+def test_an_unknown_baseline_gives_way_to_the_row_that_is_it(whole):
+    plan, done = part(whole, lambda row: False), copy.deepcopy(whole)
+    lone = next(row for row in plan["rows"] if row["wrapper"] == "single")
+    of = ["equal_total of o2mkd"]
+    plan["rows"].append(
+        {**lone, "cell": "", "status": "unresolved", "wrapper": "single (total of o2mkd)", "baseline_of": of}
+    )
+    assert len(merge([plan, done])["rows"]) == len(plan["rows"])
+    next(row for row in done["rows"] if row["cell"] == lone["cell"])["baseline_of"] = of
+    assert rows(merge([plan, done])) == done["rows"]
 
 
 def test_who_made_rows_is_told_and_not_who_planned_them(whole):
@@ -74,18 +120,18 @@ def test_what_one_run_lacks_of_a_cell_another_gives(whole):
     a["rows"][0] |= {"speed": None}
     # its speed is not there: to that run the cell is not done
     b["rows"][0] |= {"status": "missing", "scores": {}}
-    assert merge([a, b])["rows"] == whole["rows"]
-    assert merge([b, a])["rows"] == whole["rows"]
+    assert rows(merge([a, b])) == whole["rows"]
+    assert rows(merge([b, a])) == whole["rows"]
     failed = part(whole, lambda row: False)
     failed["rows"][0] |= {"status": "failed", "reason": "boom"}
     assert merge([part(whole, lambda row: False), failed])["rows"][0]["reason"] == "boom"
-    assert merge([failed, whole])["rows"] == whole["rows"]
+    assert rows(merge([failed, whole])) == whole["rows"]
 
 
 def test_of_two_that_are_done_the_first_counts(whole):
     other = copy.deepcopy(whole)
     other["rows"][0]["scores"] = {"fd_digits": 0.0}
-    assert merge([whole, other])["rows"] == whole["rows"]
+    assert rows(merge([whole, other])) == whole["rows"]
     assert merge([other, whole])["rows"][0]["scores"] == {"fd_digits": 0.0}
 
 

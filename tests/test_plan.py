@@ -255,6 +255,13 @@ def test_speed_is_of_the_architecture_and_the_machine_not_of_the_weights(plan):
     assert stages(plan(students=[{"name": "s", "width": 1.5}]), "speed") != stages(plan(), "speed")
 
 
+def test_a_speed_is_of_one_architecture_also_where_cells_mean_the_same(plan):
+    twins = ["single", *({"single": {"scale": 1.0}, "label": label} for label in "abcd")]
+    widths = [{"name": f"w{n}", "width": n / 2} for n in range(1, 7)]
+    found = plan(students=widths, wrappers=twins, methods=["none", "output"], seeds=[0, 1])
+    assert len({(c.speed, c.labels["student"]) for c in rows(found)}) == len({c.speed for c in rows(found)}) == 6
+
+
 def test_speed_and_probe_can_be_left_out(plan):
     found = plan(speed={"enabled": False}, probe={"enabled": False})
     assert not stages(found, "speed", "probe")

@@ -63,7 +63,7 @@ class Measures:
         self.machine = machine
         self._scorings: dict[str, tuple[Scoring, ...]] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
-        self._architectures: dict[tuple[int, int], str] = {}
+        self._architectures: dict[tuple[str, int], tuple[Mapping[str, Any], str]] = {}
 
     def cell(self, subject: Subject, draw: Draw, role: str, baseline_of: tuple[str, ...] = ()) -> Cell:
         """The row of ``subject`` drawn by ``draw``, its stages added.
@@ -171,9 +171,8 @@ class Measures:
         return entry.spacing or self.suite.sampling.spacing
 
     def _program(self, draw: Draw, subject: Subject) -> Program:
-        # the label names the sampler's entry, and the schedule lives as long as the teacher that has it
-        schedule = subject.teacher.schedule
-        key = (draw.entry.label, draw.steps, subject.trained.edges, id(schedule))
+        # the label names the sampler's entry
+        key = (draw.entry.label, draw.steps, subject.trained.edges, subject.teacher.schedule)
         if key not in self._programs:
             self._programs[key] = self._checked(draw, subject)
         return self._programs[key]
@@ -215,11 +214,12 @@ class Measures:
         return self.plan.add(Stage.make("speed", f"speed {name}", spec, local=local))
 
     def _architecture(self, teacher: TeacherSource, config: Mapping[str, Any]) -> str:
-        # all rows of a student hold one and the same config, which lives as long as the plan
-        key = (id(teacher), id(config))
+        # all rows of a student hold one and the same config; kept here, no other can come to lie where it lay
+        key = (teacher.family.key, id(config))
         if key not in self._architectures:
-            self._architectures[key] = identity([teacher.family.key, teacher.family.version, config])
-        return self._architectures[key]
+            named = identity([teacher.family.key, teacher.family.version, config])
+            self._architectures[key] = (config, named)
+        return self._architectures[key][1]
 
     def _probe(self, subject: Subject, weights: str) -> str:
         trained = subject.trained

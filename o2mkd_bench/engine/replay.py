@@ -67,7 +67,8 @@ def recorded(ask: Tapped, trained: nn.Module | None, *like: Tensor) -> Tapped:
         OutOfMemoryError, RuntimeError: for what cannot be captured, such as a call that waits for the device.
     """
     device = like[0].device
-    one, inputs, pool = _Pass(ask, trained), tuple(value.clone() for value in like), _Pool.of(device)
+    one, inputs = _Pass(ask, trained), tuple(value.clone() for value in like)
+    pool = _Pool.of(device, trained is not None)
     # what a network draws while it is warmed up is not missing after
     with torch.random.fork_rng([device]):
         run = (_forward if trained is None else _both)(one, inputs, pool.handle)
@@ -117,19 +118,20 @@ def _both(one: _Pass, inputs: tuple[Tensor, ...], pool: Any) -> Callable[..., An
 
 
 class _Pool:
-    """Memory of all graphs of a device: of passes that follow each other, each may use what the one before has left.
+    """Memory of graphs of a device: of passes that follow each other, each may use what the one before has left.
 
-    It ends with the last graph, as a pool that nobody uses cannot be used again.
+    What a frozen network said is still needed while one in training runs: each kind has a pool of its own. It ends with
+    the last graph, as a pool that nobody uses cannot be used again.
     """
 
-    _known: ClassVar[WeakValueDictionary[torch.device, _Pool]] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[tuple[torch.device, bool], _Pool]] = WeakValueDictionary()
 
     def __init__(self) -> None:
         self.handle: Any = torch.cuda.graph_pool_handle()
 
     @classmethod
-    def of(cls, device: torch.device) -> _Pool:
+    def of(cls, device: torch.device, trained: bool) -> _Pool:
         with torch.cuda.device(device):
-            found = cls._known.get(device) or cls()
-        cls._known[device] = found
+            found = cls._known.get((device, trained)) or cls()
+        cls._known[device, trained] = found
         return found

@@ -164,7 +164,8 @@ class Dispatch(Walk):
         left = [name for name in flight.task.names if name not in self._ended]
         self._alone.update(left)
         counter, most = (self._losses, LOSSES) if report.blameless else (self._deaths, DEATHS)
-        counter.update(left)
+        if not flight.overdue:
+            counter.update(left)
         for name in left:
             stage = self.plan.stages[name]
             if flight.overdue and len(flight.task.names) == 1:

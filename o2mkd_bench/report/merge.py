@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import UserError
-from .lines import Results, Row, same_protocol
+from .lines import CELL, Results, Row, same_protocol
 
 # From the best: what one document knows of a cell that another has not reached.
 _STANDINGS = ("done", "failed", "unresolved", "missing")
+_LABELS = tuple(label for label in (*CELL, "seed") if label != "wrapper")
 _HEAD = ("created", "machine", "versions", "git_commit")
 _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 
@@ -18,7 +20,8 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
     """Every cell of ``documents`` once, in the order in which they are first listed.
 
     A cell that several have is that of the first which finished it; what this lacks, a speed say, is the next one's.
-    ``runs`` tells when and where the rows that are done were made, and how many each run gave.
+    A row that has no identity yet gives way to those of its name that have one. ``runs`` tells when and where the rows
+    that are done were made, and how many each run gave; a row's ``run`` is its place there.
 
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
@@ -26,21 +29,18 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
     names = list(dict.fromkeys(str(document.get("suite")) for document in documents))
     if len(names) > 1:
         raise UserError(f"results of the suites {' and '.join(names)} are no parts of one table; name those of one")
-    ranked = {id(row): (rank, document) for rank, document in enumerate(documents) for row in document["rows"]}
-    cells: dict[str, list[Row]] = {}
-    for document in documents:
-        for row in document["rows"]:
-            cells.setdefault(row["cell"], []).append(row)
-    rows, given = [], dict.fromkeys(range(len(documents)), 0)
-    for found in cells.values():
+    owners = {id(row): document for document in documents for row in document["rows"]}
+    rows, runs, made = [], _Runs(), []
+    for found in _cells(documents):
         # stable: of two that stand alike, the document named first
         found.sort(key=lambda row: _STANDINGS.index(row["status"]))
-        rows.append(_filled(found))
-        if found[0]["status"] == "done":
-            given[ranked[id(found[0])][0]] += 1
+        merged = _filled(found)
+        if merged["status"] == "done":
+            made.append(owners[id(found[0])])
+            merged["run"] = runs.of(made[-1], found[0])
+        rows.append(merged)
     # a plan made elsewhere says nothing of where the rows come from
-    made = [document for rank, document in enumerate(documents) if given[rank]] or documents
-    newest = max(made, key=lambda document: document.get("created") or "")
+    newest = max(made or documents, key=lambda document: document.get("created") or "")
     return {
         **newest,
         "axes": _axes(documents),
@@ -49,9 +49,56 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
         "metrics": _metrics(documents),
         "references": _references(documents),
         "teachers": _first(documents, "teachers", _EXPECTED, "found"),
+        "teacher_steps": list(dict.fromkeys(n for document in documents for n in document.get("teacher_steps") or ())),
         "rows": rows,
-        "runs": [run for rank, document in enumerate(documents) for run in _runs(document, given[rank])],
+        "runs": runs.told,
     }
+
+
+def _cells(documents: Sequence[Results]) -> list[list[Row]]:
+    """The rows of each cell."""
+    every = [row for document in documents for row in document["rows"]]
+    known: defaultdict[Hashable, dict[Hashable, None]] = defaultdict(dict)
+    for row in every:
+        for name in _names(row) if row["cell"] else ():
+            known[name][row["cell"]] = None
+    cells: dict[Hashable, list[Row]] = {}
+    for row in every:
+        if row["cell"]:
+            cells.setdefault(row["cell"], []).append(row)
+            continue
+        names = _names(row)
+        # it leaves its place in the order to them
+        meant = [cell for name in names for cell in known[name]]
+        for cell in meant or names[:1]:
+            cells.setdefault(cell, [])
+        if not meant:
+            cells[names[0]].append(row)
+    return list(cells.values())
+
+
+def _names(row: Row) -> list[Hashable]:
+    """What a row without an identity is known by: its labels, or those with what it is the baseline of."""
+    labels = tuple(row.get(label) for label in _LABELS)
+    return [(*labels, wrapper) for wrapper in (row.get("wrapper"), *(row.get("baseline_of") or ()))]
+
+
+class _Runs:
+    """The runs that made the rows of a merged document, each once."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+
+    def of(self, document: Results, row: Row) -> int:
+        """The place of the run that made a row of ``document``; it made one more."""
+        source = document["runs"][row.get("run") or 0] if document.get("runs") else document
+        head = {key: source.get(key) for key in _HEAD}
+        places = (place for place, run in enumerate(self.told) if {key: run[key] for key in _HEAD} == head)
+        place = next(places, len(self.told))
+        if place == len(self.told):
+            self.told.append({**head, "rows": 0})
+        self.told[place]["rows"] += 1
+        return place
 
 
 def _filled(found: Sequence[Row]) -> dict[str, Any]:
@@ -62,6 +109,8 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
     if merged["status"] == "done":
         # why another run had not come so far
         merged["reason"] = found[0].get("reason")
+    else:
+        merged.pop("run", None)
     return merged
 
 
@@ -114,11 +163,3 @@ def _first(documents: Sequence[Results], part: str, name: Sequence[str], wanted:
 
 def _known(value: Any) -> bool:
     return any(item is not None for item in value.values()) if isinstance(value, Mapping) else value is not None
-
-
-def _runs(document: Results, rows: int) -> Iterable[dict[str, Any]]:
-    """The runs that a document is made of; itself, unless it is merged already."""
-    if document.get("runs"):
-        yield from document["runs"]
-    elif rows:
-        yield {**{key: document.get(key) for key in _HEAD}, "rows": rows}

@@ -85,6 +85,7 @@ class Row(Shape):
     macs_per_image: Number = None
     train_seconds: Number = None
     shared_with: Number = None
+    run: Annotated[StrictInt, Field(ge=0)] | None = None
 
     prediction: Word = None
     precision: Word = None
@@ -160,6 +161,12 @@ class Document(Shape):
     versions: dict[str, Any] | None = None
     teacher_steps: list[StrictInt] | None = None
     teachers: list[Teacher] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _every_run_is_told(self) -> Document:
+        if any((row.run or 0) >= len(self.runs) for row in self.rows) and self.runs:
+            raise ValueError("rows name runs that are not in 'runs'")
+        return self
 
 
 def complaint(document: Any) -> str:

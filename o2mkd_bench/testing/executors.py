@@ -160,6 +160,9 @@ class ExecutorContract(Contract):
             assert kinds == ["start", "done"]
         assert len(laboratory.content()) == 2 * len(laboratory.plan.stages)
         assert not laboratory.run(self.make).made
+        # an executor whose workers outlive a run hears them in the next one
+        late = laboratory.stage(5)
+        assert laboratory.run(self.make).made == [late.identity]
 
     def test_a_failure_stops_only_what_needs_it(self, laboratory: Laboratory) -> None:
         bad = laboratory.stage(0, "raise")

@@ -128,7 +128,7 @@ wanted() {
 # slice NAME SECONDS SUITE ARGUMENT...: print its command, and run it if it is asked for
 found=0 failed=0
 slice() {
-  local name=$1 seconds=$2 file=$3 begun status
+  local name=$1 seconds=$2 file=$3 begun left status
   shift 3
   wanted "$name" || return 0
   found=1
@@ -138,9 +138,12 @@ slice() {
   [[ $listing ]] && return 0
   begun=$SECONDS
   warm
-  timeout --foreground --signal=INT --kill-after=30 $((limit - SECONDS + begun)) "${command[@]}"
+  left=$((limit - SECONDS + begun))
+  ((left < 10)) && { failed=1; echo "$name: compiling took all of $limit s" >&2; return 1; }
+  # workers have two minutes to keep their checkpoints
+  timeout --foreground --signal=INT --kill-after=150 "$left" "${command[@]}"
   status=$?
-  ((status == 124)) && echo "$name: cut after $limit s; the same call goes on" >&2
+  ((status == 124 || status == 137)) && echo "$name: cut after $limit s; the same call goes on" >&2
   if ((status)); then
     failed=1
     # what it had finished by then
@@ -214,7 +217,7 @@ slices() {
     main "$(of "$student" 540 400)" "features-$student" --only method=output+feature "${headline[@]}" \
       --only student="$student"
   done
-  slice speed 200 "$suite" --only method=output "${headline[@]}" --only weights=ema --only student="$both" --only seed=0
+  slice speed 200 "$suite" --only method=output "${headline[@]}" --only weights=ema --only student="$both" --only seed="${seeds%% *}"
   # needs the students of the headline in the store, else it trains them anew
   main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$both"
 
@@ -239,7 +242,7 @@ slices() {
       --only student="$student"
   done
   slice speed-edges 240 "$suite" "${lone[@]}" --only wrapper=$students_and_edges --only student="$both" \
-    --only seed=0
+    --only seed="${seeds%% *}"
   # eight times the budget
   if [[ " $students " == *" quarter "* ]]; then
     main 2000 each-8-quarter "${output[@]}" --only wrapper=o2mkd-8-per-student --only student=quarter

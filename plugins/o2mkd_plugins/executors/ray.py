@@ -69,6 +69,8 @@ def make(site: Site, ear: Any, task: Task) -> Outcome:
     """The function that Ray runs."""
     if Hand.made is None or Hand.made.site != site:
         Hand.made = Hand(site, ear)
+    # a process of Ray may outlive the run, and the next one has an ear of its own
+    Hand.made.ear = ear
     return Hand.made.make(task)
 
 

@@ -92,22 +92,24 @@ def launch(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, groups: 
     found = tile(pixels, channels, groups)
     assert found is not None, "asked for where norm_fits says no"
     used, lanes = found
-    _group_norm[(n, channels // used)](
-        x,
-        x if add is None else add,
-        weight,
-        bias,
-        out,
-        eps,
-        channels=channels,
-        width=channels // groups,
-        pixels=pixels,
-        used=used,
-        lanes=lanes,
-        has_add=add is not None,
-        silu=silu,
-        num_warps=min(16, max(1, pixels * lanes // (32 * PER_THREAD))),
-    )
+    # Triton launches on the current device
+    with torch.cuda.device_of(x):
+        _group_norm[(n, channels // used)](
+            x,
+            x if add is None else add,
+            weight,
+            bias,
+            out,
+            eps,
+            channels=channels,
+            width=channels // groups,
+            pixels=pixels,
+            used=used,
+            lanes=lanes,
+            has_add=add is not None,
+            silu=silu,
+            num_warps=min(16, max(1, pixels * lanes // (32 * PER_THREAD))),
+        )
     return out
 
 

@@ -48,6 +48,8 @@ class O2MKD(Wrapper):
                 )
         horizon = warm + max(steps)
         start = ("warmup" if warm else "scratch") if o.init == "shared" else o.init
+        # one student learns the warm-up's timesteps, and its moments are those of the warm-up
+        anew = o.restart > 0 and start == "warmup" and len(serves) > 1
         experts = tuple(
             replace(
                 job,
@@ -59,8 +61,7 @@ class O2MKD(Wrapper):
                 start=start,
                 offset=warm,
                 horizon=horizon,
-                # one student learns the warm-up's timesteps, and its moments are those of the warm-up
-                restart=round(o.restart * n) if start == "warmup" and len(serves) > 1 else 0,
+                restart=max(1, round(o.restart * n)) if anew else 0,
             )
             for k, (t, s, law, n) in enumerate(zip(trains, serves, laws, steps, strict=True))
         )
