@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .core.identity import identity
+from .core.identity import canonical, decisive, identity
 from .core.jobs import Job, lineage, total_images
 from .core.machine import machine_record
 from .core.plan import Cell, Trained
 from .core.session import Session
 from .core.status import Standing, Survey
+from .core.uses import Use
 
 SCHEMA_VERSION = 1
 
@@ -89,13 +90,23 @@ def _metrics(session: Session, survey: Survey) -> list[dict[str, Any]]:
                         "dataset": use.label,
                         "column": column,
                         "higher_is_better": traits["higher_is_better"],
-                        "protocol": _protocol(session, survey, use.label, column),
+                        "protocol": _protocol(session, survey, use.label, column, metric),
                     }
                 )
     return found
 
 
-def _protocol(session: Session, survey: Survey, dataset: str, column: str) -> dict[str, Any] | None:
+def _deciding(metric: Use) -> dict[str, Any]:
+    """The options that a metric's numbers depend on; the network is told by its own name and hash."""
+    options = {key: value for key, value in decisive(metric.options).items() if key != "network"}
+    scalar = str | int | float | None
+    return {
+        f"{metric.plugin.key}.{key}": value if isinstance(value, scalar) else canonical(value)
+        for key, value in options.items()
+    }
+
+
+def _protocol(session: Session, survey: Survey, dataset: str, column: str, metric: Use) -> dict[str, Any] | None:
     # of the rows first: their images may have been finished in a way that neither noise nor real ones are
     stored = [name for c in session.plan.cells if c.labels["dataset"] == dataset for name in c.scores]
     stored += [r["score"] for r in session.plan.references if r["dataset"] == dataset]
@@ -114,6 +125,7 @@ def _protocol(session: Session, survey: Survey, dataset: str, column: str) -> di
                     "images": session.suite.sampling.images,
                     "rounding": known["rounding"],
                     "resize": known["resize"],
+                    **_deciding(metric),
                 }
     return None
 

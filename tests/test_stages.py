@@ -1,5 +1,6 @@
 """Stages against independent computations, through the full path from a suite to artifacts."""
 
+import copy
 import json
 import shutil
 import types
@@ -13,7 +14,7 @@ from toy import Events, run, session, suite, walk_of
 
 import o2mkd_bench
 from o2mkd_bench.core import sources
-from o2mkd_bench.core.errors import StageFailed
+from o2mkd_bench.core.errors import StageFailed, UserError
 from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.intervals import Interval, Law
 from o2mkd_bench.core.plugins import registry
@@ -22,6 +23,9 @@ from o2mkd_bench.core.store import Store
 from o2mkd_bench.engine.kd import KDMethod
 from o2mkd_bench.engine.philox import Philox
 from o2mkd_bench.engine.stream import Stream
+from o2mkd_bench.report.compare import compare
+from o2mkd_bench.report.merge import merge
+from o2mkd_bench.report.tables import markdown
 from o2mkd_bench.runner import discard_changed, results_folder, run_session
 from o2mkd_bench.stages.samples import draw
 from o2mkd_bench.stages.speed import quantile, readings
@@ -271,3 +275,29 @@ def test_a_checkpoint_is_a_teacher_like_any_other(toy_run, tmp_path):
     assert len(mine) == len(own) == 1
     files = [found.store.read(names[0], "ema.safetensors").read_bytes() for names in (mine, own)]
     assert files[0] == files[1], "equal weights teach equally, wherever they come from"
+
+
+def test_options_that_change_a_number_are_part_of_its_protocol(toy_run, tmp_path):
+    shutil.copytree(toy_run.store, tmp_path / "store")
+    fid = {"fid": {"network": "embedded"}}
+
+    def scored(size):
+        kid = {"kid": {"network": "embedded", "subset_size": size, "subsets": 2}}
+        return run(suite(metrics=[fid, kid]), tmp_path / "store", tmp_path / str(size), Events()).document
+
+    many, few = scored(200), scored(10)
+    protocols = {entry["column"]: entry["protocol"] for entry in many["metrics"]}
+    assert protocols["fd_digits"] == toy_run.results.document["metrics"][0]["protocol"]
+    assert set(protocols["kd_digits"]) - set(protocols["fd_digits"]) == {"kid.subset_size", "kid.subsets"}
+    assert "kid.subsets 2; kid.subset_size 200" in markdown(many)
+    two = r"kd_digits was measured under two protocols \(kid\.subset_size 200 and 10\)"
+    for put_together in (lambda: compare(many, few), lambda: merge([many, few])):
+        with pytest.raises(UserError, match=two):
+            put_together()
+    # results of before do not say which options theirs had
+    old = copy.deepcopy(many)
+    for key in ("kid.subset_size", "kid.subsets"):
+        del old["metrics"][1]["protocol"][key]
+    with pytest.raises(UserError, match=r"kid\.subset_size None and 200"):
+        merge([old, many])
+    merge([toy_run.results.document, {**many, "metrics": many["metrics"][:1], "rows": []}])

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 _AS_THEY_ARE = frozenset({str, int, bool, type(None)})
 
@@ -18,14 +19,23 @@ def resolved(options: BaseModel) -> dict[str, Any]:
     """The fields of ``options`` that bear on a result and differ from their default, nested models included."""
     found: dict[str, Any] = {}
     for name, field in type(options).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("identity") is False:
+        if not _bears(field):
             continue
         value = getattr(options, name)
         if value == field.get_default(call_default_factory=True, validated_data={}):
             continue
         found[name] = plain(value)
     return found
+
+
+def decisive(options: BaseModel) -> dict[str, Any]:
+    """The fields of ``options`` that bear on a result, those at their default as well."""
+    return {name: plain(getattr(options, name)) for name, f in type(options).model_fields.items() if _bears(f)}
+
+
+def _bears(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("identity") is False)
 
 
 def plain(value: Any) -> Any:
