@@ -52,6 +52,17 @@ class Crash(DDIM):
         raise ZeroDivisionError("oops")
 
 
+class Empty(DDIM):
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        return None
+
+
+class Far(DDIM):
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        found = super().program(schedule, grid, edges, clip)
+        return replace(found, lines=(replace(found.lines[0], t=schedule.timesteps), *found.lines[1:]))
+
+
 class Bad(Wrapper):
     def wrap(self, job, lift):
         raise KeyError("oops")
@@ -82,13 +93,16 @@ def acme():
         return hookimpl(call, specname=f"register_{kind}")
 
     metric = {"columns": lambda *_: ("q",), "higher_is_better": True}
+    late = [(name, name.title(), {"options": DDIMOptions}) for name in ("empty", "far")]
+    networks = {"nameless": lambda *_: None, "careless": lambda options, dataset: {}}
+    measures = [(name, "Wrong", {**metric, "network_id": give}) for name, give in networks.items()]
     return SimpleNamespace(
         api=1,
         kd=declare("kd_methods", ("huber", "Wrong", {})),
-        samplers=declare("samplers", ("wrong", "Wrong", {"options": DDIMOptions}), ("crash", "Crash", {})),
+        samplers=declare("samplers", ("wrong", "Wrong", {"options": DDIMOptions}), ("crash", "Crash", {}), *late),
         wrappers=declare("wrappers", ("bad", "Bad", {}), ("twins", "Twins", {})),
         intervals=declare("intervals", ("thirds", "thirds", {})),
-        metrics=declare("metrics", ("half", "Wrong", metric)),
+        metrics=declare("metrics", ("half", "Wrong", metric), *measures),
     )
 
 
@@ -490,7 +504,9 @@ def test_rounds_that_cannot_be_are_refused(plan):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"samplers": [{"wrong": {"steps": 4}}]}, PluginError, r"samplers\.wrong: declares 5 evaluations for 4 steps"),
+        ({"samplers": [{"wrong": {"steps": 4}}]}, PluginError, r"samplers\.wrong: .*declares 5 evaluations for 4 st"),
+        ({"samplers": [{"empty": {"steps": 4}}]}, PluginError, r"samplers:acme:empty returned NoneType from program"),
+        ({"samplers": [{"far": {"steps": 4}}]}, PluginError, r"samplers:acme:far .* at timestep 1000, .*\[0, 1000"),
         ({"samplers": [{"crash": {"steps": 4}}]}, PluginError, r"samplers\.crash: the sampler failed: ZeroDivision"),
         ({"samplers": [{"ddim": {"steps": 2000}}]}, UserError, r"samplers\.ddim: 2000 sampling steps do not fit"),
         ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrapper acme:bad failed: KeyError"),
@@ -509,6 +525,19 @@ def test_rounds_that_cannot_be_are_refused(plan):
         ({"budgets": [63]}, UserError, r"budgets: 63 images are less than one batch of 64"),
         ({"sampling": {"images": 10}}, UserError, r"sampling\.images"),
         ({"metrics": ["half"]}, PluginError, r"metrics: plugin metrics:acme:half declares no network_id"),
+        ({"metrics": ["nameless"]}, PluginError, r"metrics: network_id of .*acme:nameless returned None; make"),
+        ({"metrics": ["careless"]}, PluginError, r"metrics: network_id of .*acme:careless failed: TypeError"),
+        (
+            {
+                "metrics": [
+                    {"kid": {"network": "embedded", "subset_size": 100}, "label": "large"},
+                    {"fid": {"network": "embedded"}},
+                    {"kid": {"network": "embedded", "subset_size": 10}, "label": "small"},
+                ]
+            },
+            UserError,
+            r"metrics: 'large' and 'small' both give the column kd_digits of dataset digits; score them in two suites",
+        ),
         ({"datasets": [{"image_folder": {"root": "gone", "size": 8}}]}, UserError, r"datasets\.image_folder.*gone"),
         (
             {"teachers": [{"name": "t", "train": {"model": UNET, "images": 3}}]},

@@ -12,6 +12,7 @@ from .identity import identity
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
 from .program import Program
+from .schedule import NoiseSchedule
 from .suite import Expect, SamplerEntry, Suite, Use
 from .training import Draw, Source, TeacherSource, at, clip_of, reference
 
@@ -188,11 +189,8 @@ class Measures:
             raise type(error)(f"{where}: {error}") from None
         except Exception as error:
             raise PluginError(f"{where}: the sampler failed: {type(error).__name__}: {error}") from error
-        if program.nfe != declared:
-            raise PluginError(
-                f"{where}: declares {declared} evaluations for {draw.steps} steps, its program has {program.nfe}; "
-                "correct the plugin"
-            )
+        if wrong := _wrong(program, declared, draw, schedule):
+            raise PluginError(f"{where}: plugin samplers:{draw.entry.use.plugin.key} {wrong}; correct the plugin")
         return program
 
     def _speed(self, subject: Subject, course: Mapping[str, Any], name: str) -> str:
@@ -244,8 +242,10 @@ class Measures:
         """How images of one dataset are scored, one entry a feature network."""
         if source.stage not in self._scorings:
             networks: dict[str, tuple[dict[str, Any], list[Use]]] = {}
+            filled: dict[str, Use] = {}
             for use in self.suite.metrics:
                 network = self._network(use, source)
+                self._fill(filled, use, source)
                 networks.setdefault(identity(network), (network, []))[1].append(use)
             self._scorings[source.stage] = tuple(
                 self._with(network, uses, source) for network, uses in networks.values()
@@ -262,7 +262,7 @@ class Measures:
         label = f"reference {source.use.label} {network['network']}"
         known = self.plan.add(Stage.make("reference", label, basis, {"data": (source.stage,)}, local))
         spec = {**basis, "images": self.suite.sampling.images}
-        columns = tuple(c for u in uses for c in u.plugin.traits["columns"](u.options, source.use.name))
+        columns = tuple(column for use in uses for column in self._asked(use, "columns", source.use.name))
         return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local, columns)
 
     def _network(self, use: Use, source: Source) -> dict[str, Any]:
@@ -274,10 +274,46 @@ class Measures:
                 f"{at(self.suite, 'metrics')}: plugin metrics:{use.plugin.key} declares no {' and no '.join(absent)}; "
                 "every metric does, see o2mkd_bench.core.hookspecs"
             )
+        if "check_images" in traits:
+            self._asked(use, "check_images", source.use.name, self.suite.sampling.images)
+        network: dict[str, Any] = self._asked(use, "network_id", source.use.name, self.suite.base)
+        if not (isinstance(network, dict) and network.get("network")):
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: network_id of plugin metrics:{use.plugin.key} returned {network!r}; "
+                "make it a dict with the network's name under 'network'"
+            )
+        return network
+
+    def _fill(self, filled: dict[str, Use], use: Use, source: Source) -> None:
+        """Note whose the columns of ``use`` are; a cell has one number for each."""
+        for column in self._asked(use, "columns", source.use.name):
+            other = filled.setdefault(column, use)
+            if other is not use:
+                raise UserError(
+                    f"{at(self.suite, 'metrics')}: {other.label!r} and {use.label!r} both give the column {column} of "
+                    f"dataset {source.use.label}; score them in two suites"
+                )
+
+    def _asked(self, use: Use, trait: str, *arguments: Any) -> Any:
+        """What a trait of a metric says."""
         try:
-            if "check_images" in traits:
-                traits["check_images"](use.options, source.use.name, self.suite.sampling.images)
-            network: dict[str, Any] = traits["network_id"](use.options, source.use.name, self.suite.base)
+            return use.plugin.traits[trait](use.options, *arguments)
         except UserError as error:
             raise type(error)(at(self.suite, str(error))) from None
-        return network
+        except Exception as error:
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: {trait} of plugin metrics:{use.plugin.key} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _wrong(program: Any, declared: int, draw: Draw, schedule: NoiseSchedule) -> str:
+    """What is wrong with a sampler's program, in words; empty where nothing is."""
+    if not isinstance(program, Program):
+        return f"returned {type(program).__name__} from program(), which is no o2mkd_bench.Program"
+    outside = [line.t for line in program.lines if not 0 <= line.t < schedule.timesteps]
+    if outside:
+        return f"evaluates the network at timestep {outside[0]}, which is not in [0, {schedule.timesteps})"
+    if program.nfe != declared:
+        return f"declares {declared} evaluations for {draw.steps} steps, its program has {program.nfe}"
+    return ""
