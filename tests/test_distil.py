@@ -45,6 +45,17 @@ class Hint(KDMethod):
         return {name: found.get(name, gap.mean()) for name in self.names}
 
 
+class Numeric(Hint):
+    """One that takes its term for a number."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def terms(self, ctx):
+        return {**super().terms(ctx), "gap": self.value}
+
+
 class Plain(KDMethod):
     """The diffusion loss, with a draw of its own."""
 
@@ -197,6 +208,8 @@ def test_no_hook_stays_in_any_network():
         (Hint(names=("gap",)), r"gives the terms \['gap'\] but declares weights for \['gap', 'hint'\]"),
         (Hint(names=("gap", "hint", "more")), "make weights\\(\\) and terms\\(\\) agree"),
         (Hint(scalar=False), "gives the term 'gap' of shape"),
+        (Numeric(0.5), "KD method 'hint' gives a float for the term 'gap'; make it a scalar tensor"),
+        (Numeric(None), "KD method 'hint' gives a NoneType for the term 'gap'; make it a scalar tensor"),
     ],
 )
 def test_a_method_that_breaks_its_contract_is_told_so(method, told):

@@ -22,6 +22,8 @@ from o2mkd_bench.core.plan import Cell, Plan, Stage
 from o2mkd_bench.core.status import Survey
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.execute import REPAIRS, Walk, classify
+from o2mkd_bench.report.tables import markdown
+from o2mkd_bench.results import document
 from o2mkd_bench.runner import mended
 from o2mkd_bench.stages.bench import Bench
 
@@ -316,6 +318,18 @@ def test_a_diverging_student_fails_alone_and_is_mended_by_a_better_rate(toy_run)
     assert not any((found.store.root / "work").iterdir()), "nobody resumes from what diverged"
 
 
+def without(toy_run, tmp_path, *kinds):
+    """A session of the toy suite of which all is made but the stages of ``kinds``."""
+    found = session(suite(), tmp_path / "store")
+    shared = Store(toy_run.store)
+    for name, stage in found.plan.stages.items():
+        if stage.kind not in kinds:
+            target = found.store._place(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(shared._place(name))
+    return found
+
+
 def test_missing_network_weights_leave_a_column_empty_and_the_cell_done(toy_run, tmp_path, monkeypatch):
     from o2mkd_plugins.metrics.fidelity import FrechetDistance
 
@@ -323,19 +337,46 @@ def test_missing_network_weights_leave_a_column_empty_and_the_cell_done(toy_run,
         raise NetworkUnavailable("weights are neither here nor there")
 
     monkeypatch.setattr(FrechetDistance, "load", unavailable)
-    found = session(suite(), tmp_path / "store")
-    shared = Store(toy_run.store)
-    for name, stage in found.plan.stages.items():
-        if stage.kind not in ("reference", "score"):
-            target = found.store._place(name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(shared._place(name))
+    found = without(toy_run, tmp_path, "reference", "score")
     events = Events()
     walk_of(found, events).run()
     assert events.labels("start") == ["reference digits embedded:digits"]
     for standing in Survey(found.plan, found.store).standings():
         assert standing.status == "done"
         assert standing.empty == ("weights are neither here nor there",)
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ({"fd_digits": 1.0, "other": 2.0}, "gives the column 'other', which is none of those it declares (fd_digits)"),
+        ({}, "gives no score for the column 'fd_digits' that it declares"),
+        ({"fd_digits": float("nan")}, "gives nan for the column 'fd_digits', which is no finite number"),
+        ({"fd_digits": float("inf")}, "gives inf for the column 'fd_digits', which is no finite number"),
+        ({"fd_digits": "3"}, "gives '3' for the column 'fd_digits', which is no finite number"),
+        (None, "returned NoneType from compute(), which is no dict of scores"),
+    ],
+    ids=str,
+)
+def test_a_metric_that_breaks_its_contract_fails_its_scores_alone(toy_run, tmp_path, monkeypatch, scores, told):
+    from o2mkd_plugins.metrics.fidelity import FrechetDistance
+
+    found = without(toy_run, tmp_path, "score")
+    compute = FrechetDistance.compute
+    calls = []
+
+    def broken(self, ours, theirs):
+        calls.append(self)
+        return scores if len(calls) == 1 else compute(self, ours, theirs)
+
+    monkeypatch.setattr(FrechetDistance, "compute", broken)
+    events = Events()
+    walk_of(found, events).run()
+    (failed,) = [event for event in events if event.kind == "failed"]
+    assert failed.data["reason"] == f"plugin metrics:fid {told}; correct the plugin"
+    assert len(events.labels("done")) == len(calls) - 1 > 1
+    monkeypatch.undo()
+    assert markdown(document(found))
 
 
 def test_data_that_changed_since_the_plan_is_refused(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ class Methods:
         """Weighted scalar terms.
 
         Raises:
-            PluginError: for a method whose terms are not those it declares weights for, or are no scalars.
+            PluginError: for a method whose terms are not those it declares weights for, or are no scalar tensors.
         """
         found: dict[str, Tensor] = {}
         for name, method in self.methods.items():
@@ -81,6 +81,11 @@ class Methods:
                     f"{sorted(method.weights())}; make weights() and terms() agree"
                 )
             for term, value in terms.items():
+                if not isinstance(value, Tensor):
+                    raise PluginError(
+                        f"KD method {name!r} gives a {type(value).__name__} for the term {term!r}; "
+                        "make it a scalar tensor"
+                    )
                 if value.dim() != 0:
                     raise PluginError(
                         f"KD method {name!r} gives the term {term!r} of shape {tuple(value.shape)}; make it a scalar"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import PluginError, UserError
 from ..core.plan import Stage
 from ..core.store import Draft
 from ..engine.sample import to_uint8
@@ -76,14 +77,35 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
         **_rounding(stage, bench),
     )
     scores: dict[str, Any] = {}
-    for metric in metrics:
+    for ref, metric in zip(stage.spec["metrics"], metrics, strict=True):
         try:
-            scores |= metric.compute(ours, theirs)
+            found = metric.compute(ours, theirs)
         except UserError:
             if "samples" in stage.needs:
                 raise
+            continue
+        plugin = bench.registry.get("metrics", ref["name"])
+        if wrong := _wrong(found, plugin.traits["columns"](metric.options, metric.dataset)):
+            raise PluginError(f"plugin metrics:{plugin.key} {wrong}; correct the plugin")
+        scores |= found
     write_json(draft.dir / "scores.json", {"scores": scores, "protocol": asdict(protocol)})
     draft.meta["seconds"] = clock.seconds()
+
+
+def _wrong(found: Any, declared: Sequence[str]) -> str:
+    """What is wrong with the scores of a metric, in words; empty where nothing is."""
+    if not isinstance(found, Mapping):
+        return f"returned {type(found).__name__} from compute(), which is no dict of scores"
+    for column in found:
+        if column not in declared:
+            return f"gives the column {column!r}, which is none of those it declares ({', '.join(declared)})"
+    for column in declared:
+        if column not in found:
+            return f"gives no score for the column {column!r} that it declares"
+        value = found[column]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            return f"gives {value!r} for the column {column!r}, which is no finite number"
+    return ""
 
 
 def _rounding(stage: Stage, bench: Bench) -> dict[str, str]:
