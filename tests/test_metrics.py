@@ -30,6 +30,7 @@ from o2mkd_plugins.datasets.digits import Digits
 from o2mkd_plugins.datasets.options import DigitsOptions
 from o2mkd_plugins.metrics import distances, extractors, networks
 from o2mkd_plugins.metrics import options as metric_options
+from o2mkd_plugins.metrics.architectures import timm_architectures
 from o2mkd_plugins.metrics.distances import frechet_distance, kernel_distance, precision_recall
 from o2mkd_plugins.metrics.extractors import load_embedded, load_inception, load_network, load_timm
 from o2mkd_plugins.metrics.fidelity import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
@@ -42,6 +43,10 @@ from o2mkd_plugins.metrics.options import (
     MetricOptions,
     PrecisionRecallOptions,
     check_images,
+    check_neighbours,
+    check_network,
+    check_splits,
+    check_subsets,
     fid_columns,
     inception_score_columns,
     kid_columns,
@@ -222,6 +227,40 @@ def test_too_few_images_are_refused_before_anything_is_trained() -> None:
     check_images(MetricOptions(), "cifar10", 10)
     with pytest.raises(UserError, match=r"sampling\.images: 1279 images are too few"):
         check_images(MetricOptions(network="embedded"), "cifar10", 1279)
+
+
+def test_images_that_a_metric_cannot_divide_are_refused_when_planned() -> None:
+    check_subsets(KernelOptions(), "digits", 1000)
+    with pytest.raises(UserError, match=r"metrics\.kid\.subset_size: subsets of 1000 .* the 999 of sampling\.images"):
+        check_subsets(KernelOptions(), "digits", 999)
+    check_splits(InceptionScoreOptions(), "digits", 10)
+    with pytest.raises(UserError, match=r"metrics\.inception_score\.splits: the 9 of sampling\.images make no 10"):
+        check_splits(InceptionScoreOptions(), "digits", 9)
+    check_neighbours(PrecisionRecallOptions(), "digits", 4)
+    with pytest.raises(UserError, match=r"metrics\.precision_recall\.neighbours: 3 neighbours need more than the 3"):
+        check_neighbours(PrecisionRecallOptions(), "digits", 3)
+
+
+def test_networks_that_cannot_be_are_refused_when_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_network(MetricOptions(), "digits")
+    with pytest.raises(UserError, match=r"metrics\.weights: .*absent is no file"):
+        check_network(MetricOptions(weights="absent"), "digits", tmp_path)
+    (tmp_path / "w").write_bytes(b"w")
+    with pytest.raises(UserError, match=r"metrics\.weights: .*w has sha256 .*not the 2015-12-05 Inception; name ano"):
+        check_network(MetricOptions(weights="w"), "digits", tmp_path)
+    for name, wrong in (("gone", "is no file"), ("w", "is not the 2015-12-05 Inception")):
+        monkeypatch.setenv("O2MKD_INCEPTION_WEIGHTS", str(tmp_path / name))
+        with pytest.raises(UserError, match=f"O2MKD_INCEPTION_WEIGHTS: .*{name} .*{wrong}"):
+            check_network(MetricOptions(), "digits")
+        check_network(MetricOptions(network="timm:resnet50.a1_in1k"), "digits")
+    with pytest.raises(UserError, match=r"metrics\.network: timm has no model 'resnot50'; near it are resnet50"):
+        check_network(MetricOptions(network="timm:resnot50"), "digits")
+    with pytest.raises(UserError, match=r"timm has no model 'nope~'; timm\.list_models\(\) lists"):
+        check_network(MetricOptions(network="timm:nope~"), "digits")
+
+
+def test_architectures_are_those_that_timm_registers() -> None:
+    assert timm_architectures() == set(timm.models._registry._model_entrypoints)
 
 
 def test_metrics_refuse_fewer_images_than_they_divide(digits: Images) -> None:

@@ -538,6 +538,22 @@ def test_rounds_that_cannot_be_are_refused(plan):
             UserError,
             r"metrics: 'large' and 'small' both give the column kd_digits of dataset digits; score them in two suites",
         ),
+        (
+            {"metrics": [{"kid": {"network": "embedded"}}]},
+            UserError,
+            r"metrics\.kid\.subset_size: subsets of 1000 .* 640 of",
+        ),
+        ({"metrics": [{"fid": {"network": "timm:nope"}}]}, UserError, r"metrics\.network: timm has no model 'nope'"),
+        (
+            {"metrics": [{"fid": {"weights": "gone"}}]},
+            UserError,
+            r"metrics\.weights: .*gone is no file; set it to the w",
+        ),
+        (
+            {"metrics": ["clip_score"]},
+            UserError,
+            r"metrics: 'clip_score' .* teacher t of dataset digits draws from no t",
+        ),
         ({"datasets": [{"image_folder": {"root": "gone", "size": 8}}]}, UserError, r"datasets\.image_folder.*gone"),
         (
             {"teachers": [{"name": "t", "train": {"model": UNET, "images": 3}}]},

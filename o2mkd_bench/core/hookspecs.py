@@ -98,13 +98,16 @@ class HookSpecs:
     def register_metrics(self, register: Register) -> None:
         """Metrics. Target: a subclass of ``o2mkd_bench.engine.scoring.Metric``.
 
-        Traits, of which the last may be left out; functions are torch-free and take a dataset plugin's name:
+        Traits, of which the last three may be left out; functions are torch-free and take a dataset plugin's name:
 
         - ``columns(options, dataset) -> tuple[str, ...]``: the columns it fills.
         - ``higher_is_better``: a bool.
         - ``network_id(options, dataset, base) -> dict``: the feature network for identities, its name under
           ``network``; metrics with equal networks are scored together. ``base``: the folder of the suite.
         - ``check_images(options, dataset, images)``: raises UserError for a number of images that is too small.
+        - ``check_network(options, dataset, base)``: raises UserError for a network that cannot be had anywhere, and
+          for files that are named and are not there or not the right ones.
+        - ``needs_captions``: True for a metric of images drawn from text; others are refused when it is planned.
         """
 
     @hookspec

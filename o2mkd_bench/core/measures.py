@@ -84,6 +84,7 @@ class Measures:
             "shape": subject.source.shape,
         }
         needs = {"students": trained.students}
+        self._check_drawn_from_text(subject)
         if latent := subject.source.latent:
             assert subject.source.captions is not None
             drawn["finish"] = list(subject.source.captions.finish)
@@ -266,7 +267,7 @@ class Measures:
         return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local, columns)
 
     def _network(self, use: Use, source: Source) -> dict[str, Any]:
-        """The feature network of a metric, its number of images checked."""
+        """The feature network of a metric, what can be known of its failure checked."""
         traits = use.plugin.traits
         absent = [name for name in ("columns", "higher_is_better", "network_id") if name not in traits]
         if absent:
@@ -276,6 +277,8 @@ class Measures:
             )
         if "check_images" in traits:
             self._asked(use, "check_images", source.use.name, self.suite.sampling.images)
+        if "check_network" in traits:
+            self._asked(use, "check_network", source.use.name, self.suite.base)
         network: dict[str, Any] = self._asked(use, "network_id", source.use.name, self.suite.base)
         if not (isinstance(network, dict) and network.get("network")):
             raise PluginError(
@@ -283,6 +286,15 @@ class Measures:
                 "make it a dict with the network's name under 'network'"
             )
         return network
+
+    def _check_drawn_from_text(self, subject: Subject) -> None:
+        """Raise UserError for a metric that compares images with captions where there are none."""
+        for use in self.suite.metrics if subject.source.latent is None else ():
+            if use.plugin.traits.get("needs_captions", False):
+                raise UserError(
+                    f"{at(self.suite, 'metrics')}: {use.label!r} compares images with their captions, and teacher "
+                    f"{subject.teacher.name} of dataset {subject.source.use.label} draws from no text; leave it out"
+                )
 
     def _fill(self, filled: dict[str, Use], use: Use, source: Source) -> None:
         """Note whose the columns of ``use`` are; a cell has one number for each."""

@@ -217,6 +217,7 @@ def register_metrics(register: Register) -> None:
         columns=metrics.fid_columns,
         network_id=metrics.network_id,
         check_images=metrics.check_images,
+        check_network=metrics.check_network,
         higher_is_better=False,
     )
     register(
@@ -227,7 +228,8 @@ def register_metrics(register: Register) -> None:
         summary="kernel distance of features",
         columns=metrics.kid_columns,
         network_id=metrics.network_id,
-        check_images=metrics.check_images,
+        check_images=metrics.check_subsets,
+        check_network=metrics.check_network,
         higher_is_better=False,
     )
     register(
@@ -238,7 +240,8 @@ def register_metrics(register: Register) -> None:
         summary="Inception score",
         columns=metrics.inception_score_columns,
         network_id=metrics.network_id,
-        check_images=metrics.check_images,
+        check_images=metrics.check_splits,
+        check_network=metrics.check_network,
         higher_is_better=True,
     )
     register(
@@ -249,7 +252,8 @@ def register_metrics(register: Register) -> None:
         summary="precision and recall of the feature manifolds",
         columns=metrics.precision_recall_columns,
         network_id=metrics.network_id,
-        check_images=metrics.check_images,
+        check_images=metrics.check_neighbours,
+        check_network=metrics.check_network,
         higher_is_better=True,
     )
 
@@ -261,6 +265,7 @@ def register_metrics(register: Register) -> None:
         summary="CLIP score: the mean cosine of an image and the text that it was drawn from",
         columns=metrics.clip_columns,
         network_id=metrics.clip_id,
+        needs_captions=True,
         higher_is_better=True,
     )
 

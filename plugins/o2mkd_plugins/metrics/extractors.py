@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from o2mkd_bench.core.errors import NetworkUnavailable, UserError
+from o2mkd_bench.core.errors import NetworkUnavailable
 from o2mkd_bench.core.fingerprint import cache_folder, file_sha256
 from o2mkd_bench.engine.scoring import FeatureNetwork
 
+from .architectures import check_timm
 from .inception import FoldedInception, fastest_form
 from .networks import EXTRACTORS
 from .options import (
@@ -157,9 +158,7 @@ def load_timm(model_name: str, layers: Sequence[str], weights: Path | None = Non
     """
     import timm
 
-    if not timm.is_model(model_name):
-        near = timm.list_models(f"*{model_name.partition('.')[0]}*")[:3]
-        raise UserError(f"metrics.network: timm has no model {model_name!r}; known are {', '.join(near) or 'others'}")
+    check_timm(model_name)
     try:
         model: Any = timm.create_model(model_name, pretrained=weights is None)
         if weights is not None:

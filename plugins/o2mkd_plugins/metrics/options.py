@@ -18,6 +18,8 @@ from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.fingerprint import content_hash
 from o2mkd_bench.engine.scoring import check_width
 
+from .architectures import check_timm
+
 WEIGHTS = Path(__file__).parent / "weights"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 CLIP_WEIGHTS = "model.safetensors"
@@ -122,6 +124,53 @@ def check_images(options: MetricOptions, dataset: str, images: int) -> None:
     """
     if options.network == "embedded":
         check_width(int(embedded_record(dataset)["width"]), images)
+
+
+def check_subsets(options: KernelOptions, dataset: str, images: int) -> None:
+    """As :func:`check_images`, and every subset must fit into them."""
+    check_images(options, dataset, images)
+    if images < options.subset_size:
+        raise UserError(
+            f"metrics.kid.subset_size: subsets of {options.subset_size} do not fit into the {images} of "
+            "sampling.images; lower it or raise sampling.images"
+        )
+
+
+def check_splits(options: InceptionScoreOptions, dataset: str, images: int) -> None:
+    """As :func:`check_images`, and every split must have one of them."""
+    check_images(options, dataset, images)
+    if images < options.splits:
+        raise UserError(
+            f"metrics.inception_score.splits: the {images} of sampling.images make no {options.splits} splits; "
+            "lower it or raise sampling.images"
+        )
+
+
+def check_neighbours(options: PrecisionRecallOptions, dataset: str, images: int) -> None:
+    """As :func:`check_images`, and each must have as many neighbours."""
+    check_images(options, dataset, images)
+    if images <= options.neighbours:
+        raise UserError(
+            f"metrics.precision_recall.neighbours: {options.neighbours} neighbours need more than the {images} of "
+            "sampling.images; lower it or raise sampling.images"
+        )
+
+
+def check_network(options: MetricOptions, dataset: str, base: Path = Path()) -> None:
+    """Refuse a network that nobody has, and a file that is named for the Inception and is not it.
+
+    Raises:
+        UserError: naming ``metrics.network``. NetworkUnavailable for the file.
+    """
+    if options.network.startswith("timm:"):
+        check_timm(options.network.removeprefix("timm:"))
+    path = weights_path(options, base)
+    if options.network == "inception" and path is not None and (found := content_hash(path)) != INCEPTION_SHA256:
+        key = "metrics.weights" if options.weights else INCEPTION_VARIABLE
+        raise NetworkUnavailable(
+            f"{key}: {path} has sha256 {found[:12]}… and not {INCEPTION_SHA256[:12]}…, so it is not the 2015-12-05 "
+            "Inception; name another file, or none to have it downloaded"
+        )
 
 
 def embedded_record(dataset: str) -> dict[str, Any]:
