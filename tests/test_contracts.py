@@ -360,6 +360,18 @@ def test_images_beyond_the_budget_are_found(bad):
         wrapper.test_several_students_are_declared()
 
 
+def test_a_name_of_two_packages_is_tested_for_none(bad, monkeypatch):
+    sampler = bad(SamplerContract, name="hasty")
+    assert sampler.plugin.distribution == "bad"
+    found = Registry()
+    found.add(Declarations, "o2mkd-bench", "0", "built-in")
+    found.add(Declarations, "bad", "0", "bad")
+    monkeypatch.setattr("o2mkd_bench.testing.contract.registry", lambda: found)
+    with pytest.raises(AssertionError, match=r"of o2mkd-bench would.*write name = 'o2mkd-bench:hasty' or 'bad:hasty'"):
+        sampler.test_version_is_given()
+    assert bad(SamplerContract, name="bad:hasty").plugin.load() is Hasty
+
+
 def test_torch_at_plan_time_is_found(tmp_path, monkeypatch):
     """In a fresh interpreter, from a package that is installed there alone."""
     (tmp_path / "heavy.py").write_text(

@@ -59,7 +59,14 @@ class Contract:
 
     @property
     def plugin(self) -> Plugin:
-        return registry().get(self.kind, self.name)
+        """What is tested; never a built-in in place of another package's plugin of that name, which a suite gets."""
+        found = registry().get(self.kind, self.name)
+        claims = [f"{p.distribution}:{p.name}" for p in registry().all(self.kind) if p.name == self.name]
+        assert len(claims) <= 1, (
+            f"{self.kind} {self.name!r} of {found.distribution} would be tested, and several packages claim that name; "
+            f"write name = {' or '.join(map(repr, claims))}"
+        )
+        return found
 
     @property
     def parsed(self) -> Options:
