@@ -84,6 +84,10 @@ def huber(register):
     register("huber", "x:y", options=Options)
 
 
+def gap(options, dataset, base):
+    return {"network": "gap"}
+
+
 def acme():
     def declare(kind, *declared):
         def call(register):
@@ -96,6 +100,7 @@ def acme():
     late = [(name, name.title(), {"options": DDIMOptions}) for name in ("empty", "far")]
     networks = {"nameless": lambda *_: None, "careless": lambda options, dataset: {}}
     measures = [(name, "Wrong", {**metric, "network_id": give}) for name, give in networks.items()]
+    measures.append(("lettered", "Wrong", {**metric, "columns": lambda *_: "kid", "network_id": gap}))
     return SimpleNamespace(
         api=1,
         kd=declare("kd_methods", ("huber", "Wrong", {})),
@@ -526,6 +531,11 @@ def test_rounds_that_cannot_be_are_refused(plan):
         ({"sampling": {"images": 10}}, UserError, r"sampling\.images"),
         ({"metrics": ["half"]}, PluginError, r"metrics: plugin metrics:acme:half declares no network_id"),
         ({"metrics": ["nameless"]}, PluginError, r"metrics: network_id of .*acme:nameless returned None; make"),
+        (
+            {"metrics": ["lettered"]},
+            PluginError,
+            r"metrics: columns of .*acme:lettered returned 'kid'; make it a tuple",
+        ),
         ({"metrics": ["careless"]}, PluginError, r"metrics: network_id of .*acme:careless failed: TypeError"),
         (
             {

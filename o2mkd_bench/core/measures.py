@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,7 +263,7 @@ class Measures:
         label = f"reference {source.use.label} {network['network']}"
         known = self.plan.add(Stage.make("reference", label, basis, {"data": (source.stage,)}, local))
         spec = {**basis, "images": self.suite.sampling.images}
-        columns = tuple(column for use in uses for column in self._asked(use, "columns", source.use.name))
+        columns = tuple(column for use in uses for column in self._columns(use, source))
         return Scoring(spec, {"data": (source.stage,), "reference": (known,)}, local, columns)
 
     def _network(self, use: Use, source: Source) -> dict[str, Any]:
@@ -298,13 +298,22 @@ class Measures:
 
     def _fill(self, filled: dict[str, Use], use: Use, source: Source) -> None:
         """Note whose the columns of ``use`` are; a cell has one number for each."""
-        for column in self._asked(use, "columns", source.use.name):
+        for column in self._columns(use, source):
             other = filled.setdefault(column, use)
             if other is not use:
                 raise UserError(
                     f"{at(self.suite, 'metrics')}: {other.label!r} and {use.label!r} both give the column {column} of "
                     f"dataset {source.use.label}; score them in two suites"
                 )
+
+    def _columns(self, use: Use, source: Source) -> Sequence[str]:
+        found: Sequence[str] = self._asked(use, "columns", source.use.name)
+        if not isinstance(found, tuple | list) or not all(isinstance(column, str) for column in found):
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: columns of plugin metrics:{use.plugin.key} returned {found!r}; "
+                "make it a tuple of names"
+            )
+        return found
 
     def _asked(self, use: Use, trait: str, *arguments: Any) -> Any:
         """What a trait of a metric says."""
