@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 from types import ModuleType
@@ -259,8 +261,14 @@ def test_networks_that_cannot_be_are_refused_when_planned(tmp_path: Path, monkey
         check_network(MetricOptions(network="timm:nope~"), "digits")
 
 
-def test_architectures_are_those_that_timm_registers() -> None:
+def test_architectures_are_those_that_timm_registers_and_known_without_it() -> None:
     assert timm_architectures() == set(timm.models._registry._model_entrypoints)
+    code = (
+        "import sys; from o2mkd_plugins.metrics.options import MetricOptions, check_network\n"
+        "check_network(MetricOptions(network='timm:resnet50.a1_in1k'), 'digits')\n"
+        "print(sorted({'torch', 'timm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"[]"
 
 
 def test_metrics_refuse_fewer_images_than_they_divide(digits: Images) -> None:

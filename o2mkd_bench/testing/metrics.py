@@ -38,7 +38,9 @@ class MetricContract(Contract):
     def planned(self) -> str:
         asked = f"parsed, {self.dataset!r}"
         traits = (f"plugin.traits['columns']({asked})", f"plugin.traits['network_id']({asked}, pathlib.Path())")
-        return "\n".join(("import pathlib", *traits))
+        enough = f"plugin.traits.get('check_images', lambda *_: None)({asked}, 10**9)"
+        found = f"plugin.traits.get('check_network', lambda *_: None)({asked}, pathlib.Path())"
+        return "\n".join(("import pathlib", *traits, enough, found))
 
     @property
     def columns(self) -> tuple[str, ...]:
