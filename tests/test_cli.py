@@ -214,6 +214,15 @@ def test_tables_fit_the_terminal(there: Finished, call: Call, monkeypatch: pytes
         assert max(map(len, call(*words).out.splitlines())) <= int(width), words
 
 
+def test_a_pipe_has_no_width(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    narrow = call("report", "results/tiny").out
+    monkeypatch.delenv("COLUMNS")
+    piped = call("report", "results/tiny").out
+    assert max(map(len, piped.splitlines())) > 110, "a footnote is one line"
+    assert [line for line in piped.splitlines() if "─" in line] == [line for line in narrow.splitlines() if "─" in line]
+
+
 def test_plan_lists_stages(there: Finished, call: Call) -> None:
     lines = call("plan", there.suite, "--stages").out.splitlines()
     assert any(line.split()[1:] == ["teacher", "teacher", "small", "in", "store"] for line in lines if line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, width
+from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, screen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,7 +149,7 @@ def render(document: Mapping[str, Any], format: Format) -> str:
         case Format.json:
             return tables.as_json(document)
         case Format.table:
-            return tables.terminal(document, width(), colour=coloured())
+            return tables.terminal(document, screen(), colour=coloured())
 
 
 def coloured() -> bool:
