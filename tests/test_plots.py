@@ -161,6 +161,7 @@ def test_titles_break_between_words() -> None:
     )
     assert wrapped("digits", "x" * 50) == f"digits\n{'x' * 42}\n{'x' * 8}"
     assert wrapped("") == ""
+    assert wrapped("x" * 1000).split("\n") == [*["x" * 42] * 5, "…"], "and a title never becomes the picture"
 
 
 @pytest.mark.parametrize("plot", [quality_vs_speed, per_timestep])

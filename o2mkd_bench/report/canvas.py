@@ -41,11 +41,15 @@ _STYLE: Any = {
     "legend.fontsize": 8,
 }
 _PANEL = (4.2, 3.3)
+_TALLEST = 60.0
+"""Inches that a legend gets at most: a picture has 65535 pixels a side."""
 _LINE = 0.17
 """Inches that a further line of a title takes."""
 _LABELS = "labels"
 _TITLE, _ENTRY = 42, 44
 """Characters in a line of a title, and of a legend."""
+_LINES = 6
+"""Lines of one name at most."""
 _FONT = 6.5
 _CLOSE = 18.0
 """How near points of a picture are, in points, that one label serves."""
@@ -75,7 +79,7 @@ def panels(count: int, path: Path, sharey: bool = False) -> Iterator[tuple[Figur
         sides = [found.get_window_extent(canvas.get_renderer()) for found in figure.legends]  # type: ignore[no-untyped-call]
         beside = max((side.width / figure.dpi + 0.2 for side in sides), default=0.0)
         least = max((side.height / figure.dpi + 0.2 for side in sides), default=0.0)
-        figure.set_size_inches(_PANEL[0] * across + beside, max(0.3 + _PANEL[1] * down + taller, least))
+        figure.set_size_inches(_PANEL[0] * across + beside, max(0.3 + _PANEL[1] * down + taller, min(least, _TALLEST)))
         for axes in used:
             _plain_ticks(axes)
         # the layout says where points are, and with that where labels have room
@@ -96,7 +100,8 @@ def wrapped(*parts: str) -> str:
         for word in re.findall(r"[^-_/ ]+[-_/ ]*|[-_/ ]+", part):
             for piece in textwrap.wrap(word, _TITLE, drop_whitespace=False):
                 _append(found, piece, "")
-    return "\n".join(line.strip() for line in found if line)
+    said = [line.strip() for line in found if line]
+    return "\n".join(said if len(said) <= _LINES else [*said[: _LINES - 1], "…"])
 
 
 def _append(found: list[str], text: str, between: str) -> None:
@@ -137,7 +142,7 @@ def _ticks(axis: Axis) -> list[float]:
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.9 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
     for locator in (LogLocator(subs=subs), MaxNLocator(5)):
         found = [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
-        if 3 <= len(found) <= 10:
+        if len(found) >= 3:
             break
     return found
 
@@ -158,9 +163,13 @@ def entries(title: str, means: str, look: Mapping[Any, Any], style: Callable[[An
 
     names = {str(value) or "none": how for value, how in look.items()}
     if len(names) < 2:
-        return [heading(textwrap.fill(f"{title}: {name}", _ENTRY), bold=False) for name in names]
-    found = [Line2D([], [], label=textwrap.fill(name, _ENTRY), **style(how)) for name, how in names.items()]
+        return [heading(_filled(f"{title}: {name}"), bold=False) for name in names]
+    found = [Line2D([], [], label=_filled(name), **style(how)) for name, how in names.items()]
     return [heading(f"{title} ({means})"), *found]
+
+
+def _filled(name: str) -> str:
+    return textwrap.fill(name, _ENTRY, max_lines=_LINES, placeholder=" …")
 
 
 def legend(figure: Figure, found: Sequence[Line2D]) -> None:
