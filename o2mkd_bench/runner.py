@@ -27,10 +27,14 @@ HERE = Placement()
 
 @dataclass(frozen=True)
 class Results:
-    """What a run leaves: the document behind ``results.json``, and where it was written."""
+    """What a run leaves: the document behind ``results.json``, and where it was written.
+
+    ``kept``: where no folder was named, which ones were left as they are, in one sentence; empty for none.
+    """
 
     document: Mapping[str, Any]
     out: Path
+    kept: str = ""
 
     @property
     def failed(self) -> int:
@@ -58,7 +62,7 @@ def run(
 
     Args:
         suite: a YAML file, the same as a mapping, or a loaded suite.
-        out: folder for tables and pictures; ``results/<suite>`` if None.
+        out: folder for tables and pictures; if None, ``results/<suite>``, or beside it where that has rows to lose.
         store: folder of finished stages; ``O2MKD_STORE`` or ``.o2mkd/store`` if None.
         only: ``axis=pattern`` filters on cells.
         observer: is told every event of the run.
@@ -73,18 +77,17 @@ def run(
     elif not isinstance(suite, Suite):
         suite = load(Path(suite))
     session = prepare(suite, None if store is None else Path(store), only, download=True)
-    folder = Path(out) if out is not None else results_folder(suite)
-    return run_session(session, folder, observer, placement=placement, **options)
+    return run_session(session, None if out is None else Path(out), observer, placement=placement, **options)
 
 
 def results_folder(suite: Suite) -> Path:
-    """``results/<suite>`` of the working directory."""
+    """``results/<suite>`` of the working directory: what trackers append to, and tables go to while nothing is lost."""
     return Path("results") / suite.name
 
 
 def run_session(
     session: Session,
-    out: Path,
+    out: Path | None,
     observer: Observer = silent,
     *,
     fail_fast: bool = False,
@@ -100,6 +103,8 @@ def run_session(
             session = settled(session, walk)
             walk.run()
             results = mended(walk, lambda: report(session, out))
+            if results.kept:
+                walk.bench.tell(results.kept)
         log(Event("end", data={"failed": results.failed, "made": len(walk.made)}))
     return results
 
@@ -182,12 +187,14 @@ def mended(walk: Walk, read: Callable[[], T]) -> T:
             walk.repair(damage)
 
 
-def report(session: Session, out: Path) -> Results:
-    """Write the tables anew from what is stored."""
+def report(session: Session, out: Path | None) -> Results:
+    """Write the tables anew from what is stored: to ``out``, else to the default folder or one beside it."""
+    from .report.place import place
     from .report.plots import samples_grid
     from .report.write import write
     from .results import document, pictures
 
     found = document(session)
+    out, kept = place(found, results_folder(session.suite)) if out is None else (out, "")
     write(found, out, lambda folder: pictures(session, folder, lambda images, path: samples_grid(images, path, 8)))
-    return Results(found, out)
+    return Results(found, out, kept)

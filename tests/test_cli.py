@@ -214,6 +214,15 @@ def test_tables_fit_the_terminal(there: Finished, call: Call, monkeypatch: pytes
         assert max(map(len, call(*words).out.splitlines())) <= int(width), words
 
 
+def test_a_pipe_has_no_width(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    narrow = call("report", "results/tiny").out
+    monkeypatch.delenv("COLUMNS")
+    piped = call("report", "results/tiny").out
+    assert max(map(len, piped.splitlines())) > 110, "a footnote is one line"
+    assert [line for line in piped.splitlines() if "─" in line] == [line for line in narrow.splitlines() if "─" in line]
+
+
 def test_plan_lists_stages(there: Finished, call: Call) -> None:
     lines = call("plan", there.suite, "--stages").out.splitlines()
     assert any(line.split()[1:] == ["teacher", "teacher", "small", "in", "store"] for line in lines if line)
@@ -299,6 +308,37 @@ def test_report_assembles_a_suite_anew(there: Finished, call: Call, tmp_path: Pa
     assert list((tmp_path / "anew" / "samples").glob("*.png"))
     call("report", tmp_path / "anew", "--out", tmp_path / "again")
     assert (tmp_path / "again" / "results.csv").read_text("utf-8") == out
+
+
+def test_report_of_a_suite_writes_nothing_unless_told_where(there: Finished, call: Call, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in there.suite.parent.rglob("*") if path.is_file()}
+    code, out, err = call("report", there.suite, "--store", tmp_path / "empty", "--format", "csv")
+    assert (code, err) == (0, "")
+    assert ",missing," in out
+    assert {path: path.stat().st_mtime_ns for path in there.suite.parent.rglob("*") if path.is_file()} == before
+    assert "else nothing is written" in " ".join(call("report", "--help").out.replace("│", " ").split())
+
+
+def test_a_part_of_the_grid_does_not_replace_the_whole(
+    finished: Finished, call: Call, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = ("run", finished.suite, "--store", copied)
+    whole = (*part, "--set", "samplers=[{ddim: {steps: [1, 2]}}]")
+    assert call(*whole).code == 0
+    before = (tmp_path / "results" / "tiny" / "results.json").read_bytes()
+    code, _, err = call(*part)
+    assert code == 0
+    assert [line for line in err.splitlines() if "keeps" in line] == [
+        "results/tiny keeps 4 done rows, of which this run has 2: the tables of this run are in results/tiny-2; "
+        "--out DIR chooses another folder"
+    ]
+    assert err.splitlines()[-1].endswith("tables and pictures are in results/tiny-2")
+    assert (tmp_path / "results" / "tiny" / "results.json").read_bytes() == before
+    assert len(list((tmp_path / "results" / "tiny" / "samples").glob("*.png"))) == 4
+    assert call(*whole).err.splitlines()[-1].endswith("tables and pictures are in results/tiny")
+    assert call(*part, "--out", "results/tiny").code == 0
+    assert len(list((tmp_path / "results" / "tiny" / "samples").glob("*.png"))) == 2
 
 
 def test_report_of_a_folder_takes_no_options_of_a_suite(there: Finished, call: Call) -> None:

@@ -12,7 +12,7 @@ from results_factory import make
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.report.merge import merge
 from o2mkd_bench.report.shape import complaint
-from o2mkd_bench.report.tables import markdown
+from o2mkd_bench.report.tables import markdown, terminal
 from o2mkd_bench.report.write import copied, read, write
 
 
@@ -93,6 +93,25 @@ def test_an_unknown_baseline_gives_way_to_the_row_that_is_it(whole):
     assert len(merge([plan, done])["rows"]) == len(plan["rows"])
     next(row for row in done["rows"] if row["cell"] == lone["cell"])["baseline_of"] = of
     assert rows(merge([plan, done])) == done["rows"]
+
+
+def test_lines_of_one_name_are_said_with_their_cells(whole):
+    other = copy.deepcopy(whole)
+    for row in other["rows"]:
+        row["cell"] = f"ee{row['cell']}"
+        row["scores"] = {"fd_digits": 1.0}
+    one = [part(found, lambda row: row["student"] == "half" and row["steps"] == 5) for found in (whole, other)]
+    for found in one:
+        found["rows"] = [row for row in found["rows"] if row["status"] == "done" and row["method"] == "none"]
+        for number, row in enumerate(found["rows"]):
+            row["cell"] = f"{number}{row['cell'][:2]:0<15}"
+    found = merge(one)
+    said = "digits half none single ddim 5: 2 lines of this name differ in what the table does not show; cells "
+    assert f"{said}00000000, 10000000, 20000000 and 0ee00000, 1ee00000, 2ee00000" in markdown(found)
+    text = " ".join(terminal(found, None).split())
+    assert text.count("lines of this name") == 2
+    assert said in text
+    assert "lines of this name" not in markdown(whole)
 
 
 def test_who_made_rows_is_told_and_not_who_planned_them(whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from results_factory import failed, make, row, two_datasets
 
 from o2mkd_bench.core.errors import UserError
+from o2mkd_bench.report.canvas import wrapped
 from o2mkd_bench.report.plots import PALETTE, per_timestep, quality_vs_speed, samples_grid
 
 Draw = Callable[[dict[str, Any], Path], None]
@@ -79,14 +81,101 @@ def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figur
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "digits")
     assert axes.get_xlabel().startswith("images/s")
     assert axes.get_ylabel() == "fd_digits  (lower is better)"
-    assert [text.get_text() for text in axes.texts] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
+    assert [text.get_text() for text in axes.texts][:7] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
+    assert {text.get_text() for text in axes.texts[7:]} == {"5", "10"}, "students have theirs where there is room"
     assert {"black", *PALETTE[:3]} == {line.get_color() for line in curves(axes)}
-    wrappers = ["o2mkd-2", "single", "single (total of o2mkd-2)", "open: baseline"]
+    wrappers = ["o2mkd-2", "single", "single (total of o2mkd-2)", "black edge: baseline"]
     methods = ["attention", "none", "output"]
-    headed = ["method", *methods, "wrapper", *wrappers, "student", "half", "quarter"]
-    assert legend(figure) == ["teacher, by NFE", *headed]
-    bold = [text.get_text() for text in figure.legends[0].get_texts() if text.get_fontweight() == "bold"]
-    assert bold == ["method", "wrapper", "student"]
+    bold = ["method (colour)", "wrapper (shape)", "student (size)"]
+    headed = [bold[0], *methods, bold[1], *wrappers, bold[2], "half", "quarter"]
+    assert legend(figure) == ["teacher (black)", *headed, "sampler: ddim", "numbers: NFE"]
+    assert [t.get_text() for t in figure.legends[0].get_texts() if t.get_fontweight() == "bold"] == bold
+
+
+def looks(line: Any) -> tuple[str, str]:
+    return line.get_linestyle(), line.get_fillstyle()
+
+
+def test_samplers_differ_in_line_and_fill(drawn: Callable[..., Figure]) -> None:
+    one = make(students=("half",), methods=("output",), seeds=(0,))
+    other = [{**r, "sampler": "dpm_solver", "scores": {"fd_digits": r["scores"]["fd_digits"] / 2}} for r in one["rows"]]
+    figure = drawn(quality_vs_speed, {**one, "rows": [*one["rows"], *other]})
+    by_colour: dict[str, set[tuple[str, str]]] = {}
+    for line in curves(figure.axes[0]):
+        by_colour.setdefault(line.get_color(), set()).add(looks(line))
+    assert by_colour == {colour: {("-", "full"), ("--", "bottom")} for colour in ("black", PALETTE[0])}
+    handles = dict(zip(legend(figure), figure.legends[0].legend_handles, strict=True))
+    assert {looks(handles[name]) for name in ("ddim", "dpm_solver")} == {("-", "full"), ("--", "bottom")}
+
+
+def test_a_mark_of_the_legend_means_one_thing(drawn: Callable[..., Figure]) -> None:
+    both = drawn(quality_vs_speed, make(seeds=(0,)))
+    handles = dict(zip(legend(both), both.legends[0].legend_handles, strict=True))
+    shapes = {handles[name].get_marker() for name in ("o2mkd-2", "single", "single (total of o2mkd-2)")}
+    assert len(shapes) == 3
+    assert shapes.isdisjoint(handles[name].get_marker() for name in ("half", "quarter", "black edge: baseline"))
+    one = drawn(quality_vs_speed, make(students=("half",), seeds=(0,)))
+    assert "student: half" in legend(one), "which is told apart from nothing"
+
+
+def test_labels_cover_neither_points_nor_each_other(drawn: Callable[..., Figure]) -> None:
+    figure = drawn(quality_vs_speed, make(seeds=(0,)))
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 8
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    points = np.concatenate([axes.transData.transform(line.get_xydata()) for line in curves(axes)])
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in box.corners())
+
+
+@pytest.mark.parametrize("speeds", [(1010, 1013, 1016), (500, 505, 509), (97, 150, 180)])
+def test_a_narrow_axis_has_ticks_that_differ(speeds: tuple[float, ...], drawn: Callable[..., Figure]) -> None:
+    rows = [
+        row("half", "output", f"w{n}", steps=5, seed=0, speed={"images_per_second": s}) for n, s in enumerate(speeds)
+    ]
+    (axes,) = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows}).axes
+    low, high = axes.get_xlim()
+    texts = [
+        text.get_text() for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high
+    ]
+    assert len(texts) == len(set(texts)) >= 3
+
+
+def long_names() -> dict[str, Any]:
+    results = make(methods=("none", "output", "attention", "relation"), seeds=(0,))
+    names = {"dataset": "lsun_church_outdoor_256", "teacher": "google/ddpm-ema-church-256"}
+    for entry in results["rows"]:
+        entry |= {**names, "method": entry["method"] and f"{entry['method']}_with_adapters_between_the_widths"}
+        entry["wrapper"] = entry["wrapper"] and f"{entry['wrapper']} with options that take many more words to say"
+    return results
+
+
+def test_titles_break_between_words() -> None:
+    assert wrapped("digits", "small", "output") == "digits · small · output"
+    assert wrapped("lsun_church_outdoor_256", "google/ddpm-church-256", "", "a") == (
+        "lsun_church_outdoor_256\ngoogle/ddpm-church-256 · a"
+    )
+    assert wrapped("attention_transfer_with_adapters_between_the_widths") == (
+        "attention_transfer_with_adapters_between_\nthe_widths"
+    )
+    assert wrapped("digits", "x" * 50) == f"digits\n{'x' * 42}\n{'x' * 8}"
+    assert wrapped("") == ""
+    assert wrapped("x" * 1000).split("\n") == [*["x" * 42] * 5, "…"], "and a title never becomes the picture"
+
+
+@pytest.mark.parametrize("plot", [quality_vs_speed, per_timestep])
+def test_long_names_are_whole_and_apart(plot: Draw, drawn: Callable[..., Figure]) -> None:
+    figure = drawn(plot, long_names())
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    boxes = [*titles, *(found.get_window_extent() for found in figure.legends)]
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in box.corners())
+    assert all(axes.get_position().width * figure.get_figwidth() > 3 for axes in figure.axes), "legends take no room"
+    said = " ".join(" ".join([*legend(figure), *(axes.get_title() for axes in figure.axes)]).split())
+    assert "lsun_church_outdoor_256" in said
+    assert "o2mkd-2 with options that take many more words to say" in said
+    assert "attention_with_adapters_between_the_widths" in said.replace(" ", "")
 
 
 def test_quality_counts_macs_where_nothing_was_timed(drawn: Callable[..., Figure]) -> None:

@@ -355,6 +355,47 @@ def test_terminal_fits_its_width(width: int) -> None:
     assert "…" not in text
 
 
+def wide() -> Document:
+    """Results with several metrics and long names."""
+    results = two_datasets(make(students=("half",), methods=("output", "attention_transfer"), seeds=(0, 1)))
+    for entry in results["rows"]:
+        entry |= {"student": entry["student"] and "half_width", "sampler": "dpm_solver_multistep"}
+        entry["speed"] = {**entry["speed"], "images_per_second": 839.0}
+    return results
+
+
+def fields(text: str) -> list[list[str]]:
+    """What stands in the tables of ``text``, line by line, footnotes apart."""
+    return [re.split(r"  +", line.strip()) for line in text.splitlines() if line.strip() and line[1] not in "·─ "]
+
+
+def test_terminal_without_a_limit_is_one_table_with_everything() -> None:
+    text = terminal(wide(), None)
+    assert all(
+        {"839", "dpm_solver_multistep"} <= set(line) for line in fields(text) if line[0] in ("teacher", "half_width")
+    )
+    header = next(line for line in fields(text) if "is ↑" in line)
+    assert header == ["student", "method", "wrapper", "sampler", "NFE", "fid ↓", "is ↑", "img/s", "MACs", "images", "n"]
+    assert "attention_transfer" in text
+
+
+@pytest.mark.parametrize("width", [105, 110, 120])
+def test_a_table_wider_than_the_screen_stands_in_blocks(width: int) -> None:
+    text, whole = terminal(wide(), width), terminal(wide(), None)
+    assert max(map(len, text.splitlines())) <= width
+    headers = [line for line in fields(text) if line[0] == "student"]
+    assert len(headers) > len(sections(wide()))
+    assert all(line[:5] == ["student", "method", "wrapper", "sampler", "NFE"] and len(line) > 5 for line in headers)
+    assert {word for line in fields(text) for word in line} == {word for line in fields(whole) for word in line}
+
+
+def test_a_screen_narrower_than_the_names_cuts_nothing() -> None:
+    def tables(text: str) -> list[str]:
+        return text.split("\n ·")[0].splitlines()
+
+    assert tables(terminal(wide(), 40)) == tables(terminal(wide(), None))
+
+
 def test_terminal_shows_gaps_and_the_best_in_colour() -> None:
     lost = [failed(r, "boom") for r in scored("o2mkd-2", 1.0)]
     none = [failed(r, None, "missing") for r in scored("o2mkd-4", 1.0)]

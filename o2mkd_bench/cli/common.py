@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ def open_session(
 def width() -> int:
     """Columns of the terminal; a fixed number where the output goes elsewhere."""
     return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def screen() -> int | None:
+    """Columns that a table of results has; None, no limit, in a pipe or a file, unless ``COLUMNS`` says otherwise."""
+    return width() if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
 
 
 def console() -> Console:

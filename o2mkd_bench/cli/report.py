@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, width
+from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, screen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ..core.session import Session
 
 RESULTS = "results.json"
 
@@ -36,7 +38,10 @@ def report(
     ],
     format: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.table,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write tables and pictures there.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write tables and pictures there; else nothing is written.", show_default=False
+        ),
     ] = None,
     set_: Sets = None,
     only: Only = None,
@@ -64,13 +69,8 @@ def report(
     elif len(what) > 1:
         raise UserError(f"{what[1]} is a second suite; report one after the other, and merge their folders if need be")
     else:
-        from ..runner import report as assemble
-        from ..runner import results_folder
-
         session = open_session(what[0], store, sets=set_, only=only, seed=seed, device=device)
-        results = assemble(session, out or results_folder(session.suite))
-        document = dict(results.document)
-        print(f"results in {results.out}", file=sys.stderr)
+        document = _assembled(session, out)
     sys.stdout.write(render(document, format))
 
 
@@ -87,6 +87,19 @@ def compare(
 
     found = side_by_side(read_results(a), read_results(b), (str(a), str(b)))
     sys.stdout.write(found.as_json() if json else found.markdown())
+
+
+def _assembled(session: Session, out: Path | None) -> dict[str, Any]:
+    """The document of what is stored; its tables and pictures are written where ``out`` says, else nowhere."""
+    if out is None:
+        from ..results import document
+
+        return document(session)
+    from ..runner import report as written
+
+    results = written(session, out)
+    print(f"results in {results.out}", file=sys.stderr)
+    return dict(results.document)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -136,7 +149,7 @@ def render(document: Mapping[str, Any], format: Format) -> str:
         case Format.json:
             return tables.as_json(document)
         case Format.table:
-            return tables.terminal(document, width(), colour=coloured())
+            return tables.terminal(document, screen(), colour=coloured())
 
 
 def coloured() -> bool:

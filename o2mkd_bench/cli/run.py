@@ -22,7 +22,11 @@ def run(
     only: Only = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where tables and pictures go.", show_default="results/<suite>"),
+        typer.Option(
+            metavar="DIR",
+            help="Where tables and pictures go.",
+            show_default="results/<suite>, or -2, … beside it where that has rows to lose",
+        ),
     ] = None,
     store: StoreDir = None,
     device: Device = None,
@@ -64,17 +68,16 @@ def run(
     given = {"workers": workers, "address": address}
     placement = placed(executor, executor_option or (), {key: value for key, value in given.items() if value})
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device, download=True)
-    folder = out or results_folder(session.suite)
     quiet()
     try:
         with (
             twice(),
             display(sys.stderr) as progress,
-            Trackers(tracker or (), folder, session.registry, progress.say) as told,
+            Trackers(tracker or (), out or results_folder(session.suite), session.registry, progress.say) as told,
         ):
             results = run_session(
                 session,
-                folder,
+                out,
                 together(progress, told),
                 fail_fast=fail_fast,
                 rebuild_changed=rebuild_changed,
@@ -85,7 +88,7 @@ def run(
         raise typer.Exit(INTERRUPTED) from None
     sys.stdout.write(render(results.document, Format.json if json else Format.table))
     sys.stdout.flush()
-    print(f"{progress.summary()}; tables and pictures are in {folder}", file=sys.stderr)
+    print(f"{progress.summary()}; tables and pictures are in {results.out}", file=sys.stderr)
     if results.failed:
         raise typer.Exit(1)
 

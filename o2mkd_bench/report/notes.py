@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .lines import Line, Metric, Results, Section
+from .lines import CELL, Line, Metric, Results, Section
 from .teachers import beside, expected
 from .text import decimals, finite, listed, si
 
@@ -46,6 +46,7 @@ def notes(results: Results, sections: Sequence[Section]) -> list[str]:
         *beside(results, sections),
         *_baselines(every),
         *_settings(sections),
+        *_namesakes(every),
         *_sharing(every),
         *_machine(results, every),
         *_gaps(every),
@@ -141,6 +142,24 @@ def _settings(sections: Sequence[Section]) -> list[str]:
     shown = varying(sections)
     said = [f"{key} {values(every, key)[0]}" for key in VARIES[1:] if key not in shown and values(every, key)]
     return [f"all students: {', '.join(said)}"] if said else []
+
+
+def _namesakes(every: Sequence[Line]) -> list[str]:
+    """Lines that a table shows under one name, though their cells differ, with the first digits of these."""
+    groups: defaultdict[tuple[str, ...], list[Line]] = defaultdict(list)
+    for line in every:
+        groups[tuple(line.text(key) for key in (*CELL, "precision", "nfe", "role", "baseline_of"))].append(line)
+    return [
+        f"{label(same[0])}: {len(same)} lines of this name differ in what the table does not show; "
+        f"cells {' and '.join(map(_cells, same))}"
+        for same in groups.values()
+        if len(same) > 1
+    ]
+
+
+def _cells(line: Line) -> str:
+    known = [str(row["cell"])[:8] for row in line.rows if row.get("cell")]
+    return ", ".join(known) or "not known yet"
 
 
 def _sharing(every: Sequence[Line]) -> list[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Align = Literal["left", "right"]
 _REASON = 56
+_ENDLESS = 1 << 14
+"""Columns of the console that tables are printed on: it must never be what they are fitted to."""
 _STYLES = {"failed": "red", "missing": "yellow", "unresolved": "yellow"}
 
 
@@ -29,11 +31,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Column:
-    """``fill`` gives what stands in a line."""
+    """``fill`` gives what stands in a line; ``names``: it is part of how a line is called."""
 
     header: str
     align: Align
     fill: Callable[[Line], Text]
+    names: bool = False
+
+    def width(self, lines: Sequence[Line]) -> int:
+        """Places on a screen that its header and every one of ``lines`` fit in."""
+        from rich.cells import cell_len
+
+        return max(map(cell_len, [self.header, *(self.fill(line).text for line in lines)]))
 
 
 def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[Column]:
@@ -42,19 +51,19 @@ def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[C
     ``extra``: keys that differ between lines, and must be seen for lines to be told apart.
     """
 
-    def plain(header: str, fill: Callable[[Line], str], align: Align = "right") -> Column:
-        return Column(header, align, lambda line: Text(fill(line)))
+    def plain(header: str, fill: Callable[[Line], str]) -> Column:
+        return Column(header, "right", lambda line: Text(fill(line)))
 
-    def named(key: str) -> Column:
-        return plain(key, lambda line: line.text(key), "left")
+    def named(key: str, fill: Callable[[Line], str] | None = None, align: Align = "left") -> Column:
+        return Column(key, align, lambda line: Text(fill(line) if fill else line.text(key)), names=True)
 
     found = [
-        plain("student", lambda line: "teacher" if line.is_teacher else line.text("student"), "left"),
+        named("student", lambda line: "teacher" if line.is_teacher else line.text("student")),
         named("method"),
-        plain("wrapper", _wrapper, "left"),
+        named("wrapper", _wrapper),
         named("sampler"),
         *(named(key) for key in extra),
-        plain("NFE", lambda line: str(line["nfe"] or "")),
+        named("NFE", lambda line: str(line["nfe"] or ""), "right"),
         *(_scores(section, metric, i == 0, full) for i, metric in enumerate(section.metrics)),
         plain("images/s" if full else "img/s", lambda line: si(line.mean("images_per_second"))),
     ]
@@ -206,8 +215,11 @@ def _line(line: Line) -> dict[str, Any]:
     }
 
 
-def terminal(results: Results, width: int = 110, colour: bool = False) -> str:
-    """The compact tables and their footnotes as text of at most ``width`` columns, with ANSI styles if ``colour``."""
+def terminal(results: Results, width: int | None = 110, colour: bool = False) -> str:
+    """The compact tables and their footnotes as text, with ANSI styles if ``colour``; None for ``width`` is no limit.
+
+    Nothing in a table is cut or wrapped: one that is wider stands in blocks below each other, see :func:`blocks`.
+    """
     import io
 
     from rich.console import Console
@@ -217,16 +229,42 @@ def terminal(results: Results, width: int = 110, colour: bool = False) -> str:
 
     parts = sections(results)
     console = Console(
-        file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
+        file=io.StringIO(), width=_ENDLESS, force_terminal=colour, color_system="standard" if colour else None
     )
     for section in parts:
-        console.print(_rich(section, columns(section, varying(parts), full=False)))
+        console.print(Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold")))
+        for shown in blocks(columns(section, varying(parts), full=False), section.lines, width):
+            console.print(_rich(section, shown))
     footnotes = Table.grid(padding=(0, 1))
     for note in notes(results, parts):
         footnotes.add_row(Styled("·", style="dim"), Styled(note, style="dim"))
-    console.print(Padding(footnotes, (0, 1)))
+    console.print(Padding(footnotes, (0, 1)), width=width)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def blocks(shown: Sequence[Column], lines: Sequence[Line], width: int | None) -> list[list[Column]]:
+    """Columns so divided that each block fits in ``width``, all of them beginning with those that name a line.
+
+    One block holds everything where that fits, and where the names beside another column do not.
+    """
+    # beside its text a column takes a blank and a border, and the table begins with one
+    sizes = [column.width(lines) + 2 for column in shown]
+    names = [column for column in shown if column.names]
+    named = 1 + sum(size for column, size in zip(shown, sizes, strict=True) if column.names)
+    rest = [(column, size) for column, size in zip(shown, sizes, strict=True) if not column.names]
+    most = max((size for _, size in rest), default=0)
+    if width is None or 1 + sum(sizes) <= width or named + most > width:
+        return [list(shown)]
+    found: list[list[Column]] = []
+    left = 0
+    for column, size in rest:
+        if size > left:
+            found.append([*names])
+            left = width - named
+        found[-1].append(column)
+        left -= size
+    return found
 
 
 def _rich(section: Section, shown: Sequence[Column]) -> Table:
@@ -234,12 +272,9 @@ def _rich(section: Section, shown: Sequence[Column]) -> Table:
     from rich.table import Table
     from rich.text import Text as Styled
 
-    title = Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold"))
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, header_style="bold")
-    table.padding = (0, 1, 0, 0)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     for column in shown:
-        # names may wrap where the window is narrow, numbers never
-        table.add_column(Styled(column.header), justify=column.align, no_wrap=column.align == "right", overflow="fold")
+        table.add_column(Styled(column.header), justify=column.align, no_wrap=True)
     for line, after in zip(section.lines, [*section.lines[1:], None], strict=True):
         group = [one and (one.is_teacher or one["nfe"]) for one in (line, after)]
         style = "dim" if line.is_teacher else ""
