@@ -55,7 +55,7 @@ def run(
 
     Example: `o2mkd-bench run suites/quickstart.yaml --set sampling.images=2k --only method=output,feature`
     """
-    from ..core.interrupts import INTERRUPTED, twice
+    from ..core.interrupts import exit_code, twice
     from ..runner import results_folder, run_session
     from .observers import Trackers, together
     from .progress import display
@@ -80,9 +80,9 @@ def run(
                 rebuild_changed=rebuild_changed,
                 placement=placement,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(exit_code(error)) from None
     sys.stdout.write(render(results.document, Format.json if json else Format.table))
     sys.stdout.flush()
     print(f"{progress.summary()}; tables and pictures are in {folder}", file=sys.stderr)
