@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from o2mkd_bench.cli import main
 from o2mkd_bench.cli.common import bytes_text
 from o2mkd_bench.core import sources
 from o2mkd_bench.core.errors import CorruptArtifact
+from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import BrokenPlugin, Registry
+from o2mkd_bench.core.runlog import RunLog
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.doctor import INCEPTION_FILE
 
@@ -353,6 +357,33 @@ def test_sample_says_what_is_wrong(there: Finished, call: Call, tmp_path: Path) 
     assert (code, "run its suite first" in one_line(err)) == (2, True)
 
 
+def test_sample_looks_for_a_place_before_it_draws(
+    there: Finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("o2mkd_bench.stages.samples.draw", lambda *_: pytest.fail("it draws"))
+    cell = there.document["rows"][1]["cell"]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for out, said in {
+        tmp_path / "file": "is not a folder; name another",
+        tmp_path / "file" / "x.png": "is not a folder; name another",
+        tmp_path / "file" / "below" / "x.png": "is not a folder; name another",
+        tmp_path / "folder.png": "this is a folder, and a name that ends in .png is a file's",
+        tmp_path / "x.jpg": "a grid is written as PNG; name a file that ends in .png, or a folder",
+        "/proc/nowhere": "cannot be written",
+        "": "it is empty; name a place, or leave the option out",
+    }.items():
+        code, _, err = call("sample", cell, "--out", out)
+        assert (code, said in one_line(err)) == (2, True), err
+
+
+def test_an_empty_place_is_not_the_working_directory(there: Finished, call: Call) -> None:
+    for option in ("--out", "--store"):
+        code, _, err = call("run", there.suite, option, "")
+        assert code == 2
+        assert one_line(err).startswith(f"error: invalid value for '{option}': it is empty; name a place")
+
+
 # ---- store ---------------------------------------------------------------------------------------------------------
 
 
@@ -362,7 +393,40 @@ def test_store_ls(there: Finished, call: Call, tmp_path: Path) -> None:
     listed = json.loads(call("store", "ls", "--json").out)
     assert f"{len(listed)} artifacts" in out
     assert all(one["bytes"] > 0 and one["files"] for one in listed)
-    assert call("store", "ls", "--store", tmp_path / "none").out.startswith("0 artifacts, 0 B in ")
+
+
+@pytest.mark.parametrize("words", [("ls",), ("verify",), ("gc", "tiny.yaml"), ("export", "carried")])
+def test_a_store_that_is_none_is_refused(there: Finished, call: Call, words: tuple[str, ...], tmp_path: Path) -> None:
+    for place in (tmp_path / "none", tmp_path):
+        code, out, err = call("store", *words, "--store", place)
+        assert (code, out) == (2, "")
+        assert one_line(err) == f"error: there is no store in {place}; name it with --store DIR or O2MKD_STORE"
+
+
+def test_a_store_that_cannot_be_read_is_named(
+    there: Finished, call: Call, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> object:
+        if path == copied / "artifacts":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for verb in ("ls", "verify"):
+        code, _, err = call("store", verb, "--store", copied)
+        assert (code, "artifacts cannot be read (permission denied); make it" in one_line(err)) == (2, True)
+
+
+def test_store_gc_leaves_a_store_alone_in_which_a_run_is_at_work(there: Finished, call: Call, copied: Path) -> None:
+    with RunLog(Store(copied), "other", lambda event: None) as log:
+        log(Event("start", "x", "a stage"))
+        code, _, err = call("store", "gc", there.suite, "--store", copied)
+        assert code == 2
+        assert re.match(rf"error: run-\S+ \(suite other, process {os.getpid()}\) is at work in ", one_line(err))
+        assert call("store", "gc", there.suite, "--store", copied, "--dry-run").code == 0
+    assert call("store", "gc", there.suite, "--store", copied).code == 0
 
 
 def test_store_gc_keeps_what_the_suites_need(there: Finished, call: Call, copied: Path) -> None:
@@ -408,7 +472,9 @@ def test_store_is_carried_to_another_machine(there: Finished, call: Call, tmp_pa
     assert "none to make" in call("plan", there.suite, "--store", tmp_path / "store").out
     everything = call("store", "export", tmp_path / "all", "--state")
     assert everything.out.split()[1] == out.split()[1]
-    other = call("store", "export", tmp_path / "some", there.suite, "--store", tmp_path / "none")
+    more = there.suite.with_name("more.yaml")
+    more.write_text(yaml.safe_dump({"extends": "tiny.yaml", "seeds": [0, 7]}))
+    other = call("store", "export", tmp_path / "some", more)
     assert "not made yet" in one_line(other.err)
 
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 
+
+def path(text: str) -> Path:
+    """A path on the command line; an empty one, as of an unset variable, must not mean the working directory."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a place, or leave the option out")
+    return Path(text)
+
+
 SuiteFile = Annotated[Path, typer.Argument(metavar="SUITE", help="The suite, a YAML file.", show_default=False)]
 Sets = Annotated[
     list[str] | None,
@@ -39,7 +47,11 @@ Only = Annotated[
 StoreDir = Annotated[
     Path | None,
     typer.Option(
-        "--store", metavar="DIR", help="Where stages are kept.", show_default="$O2MKD_STORE, else .o2mkd/store"
+        "--store",
+        parser=path,
+        metavar="DIR",
+        help="Where stages are kept.",
+        show_default="$O2MKD_STORE, else .o2mkd/store",
     ),
 ]
 Device = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session
+from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def run(
     only: Only = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where tables and pictures go.", show_default="results/<suite>"),
+        typer.Option(parser=path, metavar="DIR", help="Where tables and pictures go.", show_default="results/<suite>"),
     ] = None,
     store: StoreDir = None,
     device: Device = None,

@@ -85,6 +85,18 @@ def store_at(path: Path | None) -> Store:
     return Mirror(url, Path(".o2mkd/cache", hashlib.sha256(url.encode()).hexdigest()[:16]))
 
 
+def existing_store(path: Path | None) -> Store:
+    """As :func:`store_at`, for who only looks at what is there.
+
+    Raises:
+        UserError: for a folder that is no store, too.
+    """
+    store = store_at(path)
+    if not store.exists():
+        raise UserError(f"there is no store in {store.address}; name it with --store DIR or {STORE_VARIABLE}")
+    return store
+
+
 def this_machine(suite: Suite) -> Machine:
     """What speed readings of ``suite`` depend on here.
 
