@@ -167,6 +167,20 @@ def test_run_says_failed_cells_with_exit_code_1(there: Finished, call: Call, tmp
     assert "failed" in out
 
 
+def test_patterns_that_match_nothing_are_said(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = ["--set", "include=[{student: nobody}, {method: output}]", "--set", "exclude=[{seed: [3]}]"]
+    said = [
+        f"note: {there.suite}: include[0].student: 'nobody' matches no student of this suite (known: half)",
+        f"note: {there.suite}: exclude[0].seed: '3' matches no seed of this suite (known: 1, 2, 4, 5, 6 and 1 more)",
+    ]
+    seeds = ["--set", "seeds=[1, 2, 4, 5, 6, 7]"]
+    code, _, err = call("plan", there.suite, *rules, *seeds)
+    assert (code, err.splitlines()) == (0, said)
+    assert call("plan", there.suite, *rules, *seeds, "--json").err == ""
+    monkeypatch.setattr("o2mkd_bench.runner.run_session", lambda *_, **__: 1 / 0)
+    assert call("run", there.suite, *rules, *seeds).err.splitlines()[:2] == said
+
+
 def test_run_can_be_interrupted(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -680,7 +694,7 @@ def test_no_error_ends_in_a_traceback(
         raise error
 
     monkeypatch.delenv("O2MKD_TRACEBACK", raising=False)
-    monkeypatch.setattr(Store, "ls", fail)
+    monkeypatch.setattr(Store, "exists", fail)
     found = call("store", "ls")
     assert (found.code, found.out) == (code, "")
     if code != 130:
@@ -689,7 +703,7 @@ def test_no_error_ends_in_a_traceback(
 
 def test_a_bug_shows_its_traceback_where_asked(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("O2MKD_TRACEBACK", "1")
-    monkeypatch.setattr(Store, "ls", lambda _: 1 / 0)
+    monkeypatch.setattr(Store, "exists", lambda _: 1 / 0)
     code, _, err = call("store", "ls")
     assert code == 70
     assert err.startswith("Traceback")

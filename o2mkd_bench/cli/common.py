@@ -83,6 +83,14 @@ def open_session(
     return prepare(load(suite, sets or (), seed, device), store, only or (), download)
 
 
+def say_unmatched(session: Session) -> None:
+    """Say on standard error which patterns of include and exclude mean nothing."""
+    from ..core.rules import notes
+
+    for text in notes(session.suite):
+        print(f"note: {text}", file=sys.stderr)
+
+
 def width() -> int:
     """Columns of the terminal; a fixed number where the output goes elsewhere."""
     return shutil.get_terminal_size((WIDTH, 24)).columns

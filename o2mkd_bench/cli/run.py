@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path
+from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path, say_unmatched
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def run(
     placement = placed(executor, executor_option or (), {key: value for key, value in given.items() if value})
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device, download=True)
     folder = out or results_folder(session.suite)
+    if not json:
+        say_unmatched(session)
     quiet()
     try:
         with (

@@ -33,7 +33,6 @@ from .blocks import (
     Switch,
     Training,
     TrainingOverride,
-    any_match,
 )
 from .complaints import near, wanted
 from .disk import read_text
@@ -41,6 +40,7 @@ from .grid import Spacing
 from .options import neutral
 from .plugins import Registry
 from .program import Clip
+from .rules import stray_patterns
 from .schedule import Prediction
 from .source import Node, Origin
 from .uses import PluginUse, Problems, Use, Uses
@@ -382,12 +382,5 @@ def _check_expected(suite: Suite, problems: Problems) -> None:
 
 def _check_rules(suite: Suite, problems: Problems) -> None:
     """A pattern that matches no label is a misspelt one: it would silently leave cells in or out."""
-    labels = suite.labels()
-    for key in ("include", "exclude"):
-        for number, rule in enumerate(getattr(suite, key)):
-            for axis, patterns in rule.patterns().items():
-                for pattern in patterns:
-                    if not any(any_match([pattern], label) for label in labels[axis]):
-                        hint = near(pattern, labels[axis])
-                        text = f"{pattern!r} matches no {axis} of this suite{hint} (known: {', '.join(labels[axis])})"
-                        problems.add((key, number, axis), text)
+    for stray in stray_patterns(suite):
+        problems.add((stray.key, stray.number, stray.axis), stray.text(most=len(stray.labels)))
