@@ -344,8 +344,10 @@ def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: p
 
 
 def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--executor local: wrkers: .* \(options: workers\)"):
+    with pytest.raises(UserError, match=r"local: wrkers: it has no such option; did .*\? \(options: workers\)"):
         choose(session(GRID, tmp_path), Placement(options={"wrkers": 2}), False)
+    with pytest.raises(UserError, match=r"local: workers: expected a whole number, got 'two' \(options: workers\)"):
+        choose(session(GRID, tmp_path), Placement(options={"workers": "two"}), False)
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------

@@ -318,7 +318,8 @@ class _Expansion:
         labels = [use.label for use in uses]
         named = found.get("dataset")
         if named is None:
-            if len(labels) == 1:
+            # of two that are called the same, that is what is said, later
+            if len(labels) == 1 or len(set(labels)) < len(labels):
                 found["dataset"] = labels[0]
             elif labels:
                 self.problems.add((*path, "dataset"), f"this key is missing; add one of {', '.join(labels)}")
