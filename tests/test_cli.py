@@ -709,6 +709,28 @@ def test_a_bug_shows_its_traceback_where_asked(call: Call, monkeypatch: pytest.M
     assert err.startswith("Traceback")
 
 
+def module(folder: Path, *words: str) -> Answer:
+    """``python -m o2mkd_bench`` with what lies in ``folder`` before all that is installed."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "o2mkd_bench", *words]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_package_can_be_called_as_the_command_can(tmp_path: Path) -> None:
+    code, out, err = module(tmp_path, "--version")
+    assert (code, err) == (0, "")
+    assert one_line(out).startswith("o2mkd-bench ")
+    assert "see o2mkd-bench plan --help" in one_line(module(tmp_path, "plan").err)
+
+
+def test_an_interrupt_of_the_first_imports_ends_quietly(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    assert module(tmp_path, "plan") == Answer(130, "", "interrupted\n")
+
+
 def test_a_reader_that_leaves_is_no_error(there: Finished) -> None:
     code = "import sys; from o2mkd_bench.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "schema"]
