@@ -284,6 +284,7 @@ def test_a_hub_teacher_that_is_not_here_is_unresolved(
     out = call("plan", suite, "--store", tmp_path / "store").out
     assert "unresolved" in out
     assert "unresolved" in call("status", suite, "--store", tmp_path / "store").out
+    (tmp_path / "store" / "locks").mkdir(parents=True)
     code, _, err = call("store", "gc", suite, "--store", tmp_path / "store")
     assert code == 2
     assert "is not known" in one_line(err)
