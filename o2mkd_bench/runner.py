@@ -95,6 +95,11 @@ def run_session(
     placement: Placement = HERE,
 ) -> Results:
     """``run`` for a session that is already prepared."""
+    from .report.write import folder_for
+
+    # before the work, not after it
+    with folder_for(out or results_folder(session.suite)):
+        pass
     with RunLog(session.store, session.suite.name, observer) as log:
         with walking(session, log, fail_fast, placement) as walk:
             if rebuild_changed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from o2mkd_bench.cli import main
 from o2mkd_bench.cli.common import bytes_text
 from o2mkd_bench.core import sources
 from o2mkd_bench.core.errors import CorruptArtifact
+from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import BrokenPlugin, Registry
+from o2mkd_bench.core.runlog import RunLog
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.doctor import INCEPTION_FILE
 
@@ -163,6 +167,20 @@ def test_run_says_failed_cells_with_exit_code_1(there: Finished, call: Call, tmp
     assert "failed" in out
 
 
+def test_patterns_that_match_nothing_are_said(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = ["--set", "include=[{student: nobody}, {method: output}]", "--set", "exclude=[{seed: [3]}]"]
+    said = [
+        f"note: {there.suite}: include[0].student: 'nobody' matches no student of this suite (known: half)",
+        f"note: {there.suite}: exclude[0].seed: '3' matches no seed of this suite (known: 1, 2, 4, 5, 6 and 1 more)",
+    ]
+    seeds = ["--set", "seeds=[1, 2, 4, 5, 6, 7]"]
+    code, _, err = call("plan", there.suite, *rules, *seeds)
+    assert (code, err.splitlines()) == (0, said)
+    assert call("plan", there.suite, *rules, *seeds, "--json").err == ""
+    monkeypatch.setattr("o2mkd_bench.runner.run_session", lambda *_, **__: 1 / 0)
+    assert call("run", there.suite, *rules, *seeds).err.splitlines()[:2] == said
+
+
 def test_run_can_be_interrupted(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -275,6 +293,7 @@ def test_a_hub_teacher_that_is_not_here_is_unresolved(
     out = call("plan", suite, "--store", tmp_path / "store").out
     assert "unresolved" in out
     assert "unresolved" in call("status", suite, "--store", tmp_path / "store").out
+    (tmp_path / "store" / "locks").mkdir(parents=True)
     code, _, err = call("store", "gc", suite, "--store", tmp_path / "store")
     assert code == 2
     assert "is not known" in one_line(err)
@@ -393,6 +412,40 @@ def test_sample_says_what_is_wrong(there: Finished, call: Call, tmp_path: Path) 
     assert (code, "run its suite first" in one_line(err)) == (2, True)
 
 
+def test_sample_looks_for_a_place_before_it_draws(
+    there: Finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("o2mkd_bench.stages.samples.draw", lambda *_: pytest.fail("it draws"))
+    cell = there.document["rows"][1]["cell"]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for out, said in {
+        tmp_path / "file": "is not a folder; name another",
+        tmp_path / "file" / "x.png": "is not a folder; name another",
+        tmp_path / "file" / "below" / "x.png": "is not a folder; name another",
+        tmp_path / "folder.png": "this is a folder, and a name that ends in .png is a file's",
+        tmp_path / "x.jpg": "a grid is written as PNG; name a file that ends in .png, or a folder",
+        "/proc/nowhere": "cannot be written",
+        "": "it is empty; name a place, or leave the option out",
+    }.items():
+        code, _, err = call("sample", cell, "--out", out)
+        assert (code, said in one_line(err)) == (2, True), err
+
+
+def test_run_looks_for_a_place_before_it_works(there: Finished, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = call("run", there.suite, "--store", tmp_path / "store", "--out", tmp_path / "file")
+    assert (code, "is not a folder; choose another with --out" in one_line(err)) == (2, True), err
+    assert not Store(tmp_path / "store").ls()
+
+
+def test_an_empty_place_is_not_the_working_directory(there: Finished, call: Call) -> None:
+    for option in ("--out", "--store"):
+        code, _, err = call("run", there.suite, option, "")
+        assert code == 2
+        assert one_line(err).startswith(f"error: invalid value for '{option}': it is empty; name a place")
+
+
 # ---- store ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +455,40 @@ def test_store_ls(there: Finished, call: Call, tmp_path: Path) -> None:
     listed = json.loads(call("store", "ls", "--json").out)
     assert f"{len(listed)} artifacts" in out
     assert all(one["bytes"] > 0 and one["files"] for one in listed)
-    assert call("store", "ls", "--store", tmp_path / "none").out.startswith("0 artifacts, 0 B in ")
+
+
+@pytest.mark.parametrize("words", [("ls",), ("verify",), ("gc", "tiny.yaml"), ("export", "carried")])
+def test_a_store_that_is_none_is_refused(there: Finished, call: Call, words: tuple[str, ...], tmp_path: Path) -> None:
+    for place in (tmp_path / "none", tmp_path):
+        code, out, err = call("store", *words, "--store", place)
+        assert (code, out) == (2, "")
+        assert one_line(err) == f"error: there is no store in {place}; name it with --store DIR or O2MKD_STORE"
+
+
+def test_a_store_that_cannot_be_read_is_named(
+    there: Finished, call: Call, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> object:
+        if path == copied / "artifacts":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for verb in ("ls", "verify"):
+        code, _, err = call("store", verb, "--store", copied)
+        assert (code, "artifacts cannot be read (permission denied); make it" in one_line(err)) == (2, True)
+
+
+def test_store_gc_leaves_a_store_alone_in_which_a_run_is_at_work(there: Finished, call: Call, copied: Path) -> None:
+    with RunLog(Store(copied), "other", lambda event: None) as log:
+        log(Event("start", "x", "a stage"))
+        code, _, err = call("store", "gc", there.suite, "--store", copied)
+        assert code == 2
+        assert re.match(rf"error: run-\S+ \(suite other, process {os.getpid()}\) is at work in ", one_line(err))
+        assert call("store", "gc", there.suite, "--store", copied, "--dry-run").code == 0
+    assert call("store", "gc", there.suite, "--store", copied).code == 0
 
 
 def test_store_gc_keeps_what_the_suites_need(there: Finished, call: Call, copied: Path) -> None:
@@ -448,7 +534,9 @@ def test_store_is_carried_to_another_machine(there: Finished, call: Call, tmp_pa
     assert "none to make" in call("plan", there.suite, "--store", tmp_path / "store").out
     everything = call("store", "export", tmp_path / "all", "--state")
     assert everything.out.split()[1] == out.split()[1]
-    other = call("store", "export", tmp_path / "some", there.suite, "--store", tmp_path / "none")
+    more = there.suite.with_name("more.yaml")
+    more.write_text(yaml.safe_dump({"extends": "tiny.yaml", "seeds": [0, 7]}))
+    other = call("store", "export", tmp_path / "some", more)
     assert "not made yet" in one_line(other.err)
 
 
@@ -654,7 +742,7 @@ def test_no_error_ends_in_a_traceback(
         raise error
 
     monkeypatch.delenv("O2MKD_TRACEBACK", raising=False)
-    monkeypatch.setattr(Store, "ls", fail)
+    monkeypatch.setattr(Store, "exists", fail)
     found = call("store", "ls")
     assert (found.code, found.out) == (code, "")
     if code != 130:
@@ -663,10 +751,32 @@ def test_no_error_ends_in_a_traceback(
 
 def test_a_bug_shows_its_traceback_where_asked(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("O2MKD_TRACEBACK", "1")
-    monkeypatch.setattr(Store, "ls", lambda _: 1 / 0)
+    monkeypatch.setattr(Store, "exists", lambda _: 1 / 0)
     code, _, err = call("store", "ls")
     assert code == 70
     assert err.startswith("Traceback")
+
+
+def module(folder: Path, *words: str) -> Answer:
+    """``python -m o2mkd_bench`` with what lies in ``folder`` before all that is installed."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "o2mkd_bench", *words]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_package_can_be_called_as_the_command_can(tmp_path: Path) -> None:
+    code, out, err = module(tmp_path, "--version")
+    assert (code, err) == (0, "")
+    assert one_line(out).startswith("o2mkd-bench ")
+    assert "see o2mkd-bench plan --help" in one_line(module(tmp_path, "plan").err)
+
+
+def test_an_interrupt_of_the_first_imports_ends_quietly(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    assert module(tmp_path, "plan") == Answer(130, "", "interrupted\n")
 
 
 def test_a_reader_that_leaves_is_no_error(there: Finished) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,6 +326,38 @@ def test_image_folder_names_what_is_wrong(tmp_path: Path) -> None:
         folder(tmp_path, test_fraction=0.5).load()
     with pytest.raises(ValidationError):
         ImageFolderOptions(root="x", size=16, test_fraction=1.0)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_a_picture_of_more_than_8_bits_is_refused(kind: type, tmp_path: Path) -> None:
+    for name in "ab":
+        Image.fromarray(np.full((16, 16), 3000, kind)).save(tmp_path / f"{name}.tif")
+        (tmp_path / f"{name}.tif").rename(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"a\.png has more than 8 bits a channel \(mode .*\); convert it to 8 bits"):
+        folder(tmp_path, test_fraction=0.5).load()
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "below/b.png", "below/c.png"):
+        paint(tmp_path / name, 1)
+
+    def forbidden(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            if Path(path).name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *rest, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbidden(Path.open, "b.png"))
+        with pytest.raises(UserError, match=r"below/b\.png cannot be read \(Permission denied\)"):
+            folder(tmp_path).info()
+    for name in (tmp_path.name, "below"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", forbidden(os.scandir, name))
+            with pytest.raises(UserError, match=rf"image_folder\.root: .*{name} cannot be read \(Permission denied\)"):
+                folder(tmp_path).info()
 
 
 def test_relative_roots_start_at_the_suite(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -341,8 +344,10 @@ def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: p
 
 
 def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--executor local: wrkers: .* \(options: workers\)"):
+    with pytest.raises(UserError, match=r"local: wrkers: it has no such option; did .*\? \(options: workers\)"):
         choose(session(GRID, tmp_path), Placement(options={"wrkers": 2}), False)
+    with pytest.raises(UserError, match=r"local: workers: expected a whole number, got 'two' \(options: workers\)"):
+        choose(session(GRID, tmp_path), Placement(options={"workers": "two"}), False)
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------
@@ -368,17 +373,28 @@ def until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"it ended before it said {text!r}: {told}")
 
 
-@pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: list[str]) -> None:
+def write_long(folder: Path) -> list[str]:
+    """The words of a run that goes on for hours and keeps no checkpoint unless it is interrupted."""
     long = {**GRID, "budgets": [10_000_000], "checkpoint_every": 3600.0}
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long), encoding="utf-8")
-    with started(["run", "long.yaml", "--only", "wrapper=single", *workers], tmp_path) as process:
+    (folder / "long.yaml").write_text(yaml.safe_dump(long), encoding="utf-8")
+    return ["run", "long.yaml", "--only", "wrapper=single"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
+def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: list[str], number: int) -> None:
+    with started([*write_long(tmp_path), *workers], tmp_path) as process:
         until(process, "single seed 0")
         time.sleep(3.0)
         children = workers_of(process.pid)
-        process.send_signal(signal.SIGINT)
+        if number == signal.SIGTERM:
+            # as a scheduler does, which tells every process of a job
+            for child in children:
+                os.kill(child, number)
+            time.sleep(0.5)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert (out, err.splitlines()[-1]) == ("", "interrupted; the same command goes on where it stopped")
     assert bool(children) == bool(workers)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
@@ -386,7 +402,35 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: lis
     assert not list((tmp_path / ".o2mkd" / "store" / "tmp").iterdir())
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_closed_terminal_costs_no_checkpoint(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    store = tmp_path / ".o2mkd" / "store"
+    process = subprocess.Popen(
+        [*COMMAND, *write_long(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    told = b""
+    while b"single seed 0" not in told:
+        told += os.read(ours, 1 << 16)
+    until_trained = time.monotonic() + 3.0
+    while time.monotonic() < until_trained:
+        os.read(ours, 1 << 16)
+    os.close(ours)
+    # the shell tells it too
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert list((store / "work").glob("*/checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
     laboratory = Laboratory(tmp_path)
     other = {
         "datasets": [{"laboratory": {"number": 0, "deed": "deaf"}}],
@@ -398,12 +442,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         until(process, "data laboratory")
         time.sleep(1.0)
         (child,) = workers_of(process.pid)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         time.sleep(2.0)
         assert process.poll() is None, "the first one lets workers keep what they have"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.communicate(timeout=10)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     deadline = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

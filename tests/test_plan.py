@@ -571,6 +571,11 @@ def test_rounds_that_cannot_be_are_refused(plan):
             r"teachers\.t\.train\.images: 3 images are less than one batch of 64",
         ),
         (
+            {"students": [{"name": "half", "variant": "bk_tinny"}]},
+            UserError,
+            r"students\.half\.variant: unet2d, the family of teacher t, has no variant; .* by width, blocks, config$",
+        ),
+        (
             {"teachers": [{"name": "t", "train": {"model": {"unet2d": {"attention": [5]}}, "images": 3000}}]},
             UserError,
             r"teachers\.t\.train\.model: attention: no level has resolution 5",
@@ -583,6 +588,11 @@ def test_errors_begin_with_file_and_key(registry, tmp_path, changes, error, mess
     with pytest.raises(error, match=rf"^{file}: .*{message}") as caught:
         build(load(file, registry=registry), MACHINE, lambda *_: None, registry=registry)
     assert str(caught.value).count(str(file)) == 1
+
+
+def test_a_family_that_says_nothing_of_its_students_keys_is_given_all(plan, monkeypatch):
+    monkeypatch.delattr(UNet2D, "student_keys")
+    assert len(rows(plan(students=[{"name": "half", "variant": "of its own"}]))) == 1
 
 
 def test_a_rule_of_a_plugin_places_the_edges(plan):

@@ -34,6 +34,8 @@ def test_nothing_is_left_to_fill_in(written):
     assert written.name == "My-new_method"
     assert not any("$" in text for text in texts.values())
     assert 'name = "My-new_method"' in texts["pyproject.toml"]
+    # the extra brings pytest, which the next line calls
+    assert "pip install -e '.[test]'\npytest tests\n" in texts["README.md"]
 
 
 def test_it_installs_and_passes_its_tests(written, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 import pytest
@@ -108,7 +109,7 @@ def test_hub_teachers_are_downloaded_only_when_asked(tmp_path, monkeypatch):
     suite = from_mapping({**SUITE, "teachers": [{"name": "h", "hub": "nobody/nothing"}]}, tmp_path)
     assert {c.unresolved != "" for c in prepare(suite, tmp_path / "store").plan.cells} == {True}
     assert not asked
-    with pytest.raises(UserError, match="no network"):
+    with pytest.raises(UserError, match=r"^teachers\.h\.hub: no network"):
         prepare(suite, tmp_path / "store", download=True)
     assert asked == ["nobody/nothing"]
 
@@ -138,6 +139,14 @@ def test_only_refuses_what_is_no_axis(text):
         selection(text)
     with pytest.raises(UserError, match="did you mean 'method'"):
         selection("methd=x")
+
+
+def test_values_of_one_axis_are_joined_by_commas(tmp_path):
+    suite = from_mapping({**SUITE, "wrappers": ["single", "o2mkd"]}, tmp_path)
+    text = "--only wrapper=single --only wrapper=o2* leaves no cell; join the values of one axis by commas: --only "
+    with pytest.raises(UserError, match=re.escape(text) + r"wrapper=single,o2\*$"):
+        prepare(suite, tmp_path / "store", ["wrapper=single", "wrapper=o2*"])
+    assert prepare(suite, tmp_path / "store", ["wrapper=*", "wrapper=o2*"]).plan.cells
 
 
 # the survey

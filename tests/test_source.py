@@ -121,6 +121,12 @@ def test_extends_errors(tmp_path: Path) -> None:
         assert str(caught.value).startswith(words.removesuffix("['...']"))
 
 
+def test_a_list_of_bases_is_shown_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("extends: [small.yaml]")
+    with pytest.raises(UserError, match=r"expected the path of another suite file, got \['small\.yaml'\]$"):
+        source.read(tmp_path / "x.yaml")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.yaml").write_text("")

@@ -330,6 +330,7 @@ ERRORS = [
     ("budgets: [1k]", "budgets: [1.5]", "x.yaml:16: budgets.0: expected a whole number above 0"),
     ("budgets: [1k]", "budgets: [true]", "x.yaml:16: budgets.0: expected a whole number above 0"),
     ("budgets: [1k]", "budgets: 1k", "x.yaml:16: budgets: expected a list, got '1k'"),
+    ("[digits]", "[digits, digits]", "x.yaml:2: datasets.digits: two datasets are called 'digits'; add a label"),
     ("budgets: [1k]", "budgets: []", "x.yaml:16: budgets: expected 1 or more entries, got []"),
     ("methods:\n", "methods: output\nx:\n", "x.yaml:9: methods: expected a list, got 'output'"),
     ("budgets: [1k]", "budgets: [1k, 1000]", "x.yaml:16: budgets.1: two budgets are called '1k'; give one another"),
@@ -485,6 +486,13 @@ def test_errors_through_extends_and_overrides_name_their_origin(said: Callable[.
 def test_rules_may_match_nothing_after_an_override(read: Read) -> None:
     text = changed("weight: 2\n", "weight: 2\n  - feature\n") + "exclude: [{method: feature}]\n"
     assert read(text, "methods=[output]").methods[0].label == "output"
+
+
+@pytest.mark.parametrize("change", ["seeds=[-1]", "budgets=[0]", "students=[{name: a, width: 0}]"])
+def test_one_mistake_in_a_list_is_one(read: Read, change: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(SMALL, change)
+    assert "more)" not in str(caught.value)
 
 
 def test_dataset_may_be_named_by_its_plugin(read: Read, said: Callable[..., str]) -> None:

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 
+
+def path(text: str) -> Path:
+    """A path on the command line; an empty one, as of an unset variable, must not mean the working directory."""
+    if not text:
+        raise typer.BadParameter("it is empty; name a place, or leave the option out")
+    return Path(text)
+
+
 SuiteFile = Annotated[Path, typer.Argument(metavar="SUITE", help="The suite, a YAML file.", show_default=False)]
 Sets = Annotated[
     list[str] | None,
@@ -40,7 +48,11 @@ Only = Annotated[
 StoreDir = Annotated[
     Path | None,
     typer.Option(
-        "--store", metavar="DIR", help="Where stages are kept.", show_default="$O2MKD_STORE, else .o2mkd/store"
+        "--store",
+        parser=path,
+        metavar="DIR",
+        help="Where stages are kept.",
+        show_default="$O2MKD_STORE, else .o2mkd/store",
     ),
 ]
 Device = Annotated[
@@ -70,6 +82,14 @@ def open_session(
     from ..core.suite import load
 
     return prepare(load(suite, sets or (), seed, device), store, only or (), download)
+
+
+def say_unmatched(session: Session) -> None:
+    """Say on standard error which patterns of include and exclude mean nothing."""
+    from ..core.rules import notes
+
+    for text in notes(session.suite):
+        print(f"note: {text}", file=sys.stderr)
 
 
 def width() -> int:

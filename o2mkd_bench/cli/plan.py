@@ -22,6 +22,7 @@ from .common import (
     grid,
     open_session,
     print_json,
+    say_unmatched,
     styled,
 )
 from .watch import follow
@@ -67,6 +68,7 @@ def plan(
         cells = [_cell_facts(standing) for standing in survey.standings()]
         print_json({"suite": session.suite.name, "stages": listed, "cells": cells})
         return
+    say_unmatched(session)
     out = console()
     standings = survey.standings()
     _print_headline(session, f"{counted(len(session.plan.stages), 'stage')}, {len(missing) or 'none'} to make")

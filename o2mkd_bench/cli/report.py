@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, screen
+from .common import Device, Json, Only, Seed, Sets, StoreDir, open_session, path, screen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,10 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write tables and pictures there; else nothing is written.", show_default=False
+            parser=path,
+            metavar="DIR",
+            help="Write tables and pictures there; else nothing is written.",
+            show_default=False,
         ),
     ] = None,
     set_: Sets = None,

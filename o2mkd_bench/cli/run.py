@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session
+from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path, say_unmatched
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             metavar="DIR",
             help="Where tables and pictures go.",
             show_default="results/<suite>, or -2, … beside it where that has rows to lose",
@@ -59,7 +60,7 @@ def run(
 
     Example: `o2mkd-bench run suites/quickstart.yaml --set sampling.images=2k --only method=output,feature`
     """
-    from ..core.interrupts import INTERRUPTED, twice
+    from ..core.interrupts import exit_code, twice
     from ..runner import results_folder, run_session
     from .observers import Trackers, together
     from .progress import display
@@ -68,6 +69,8 @@ def run(
     given = {"workers": workers, "address": address}
     placement = placed(executor, executor_option or (), {key: value for key, value in given.items() if value})
     session = open_session(suite, store, sets=set_, only=only, seed=seed, device=device, download=True)
+    if not json:
+        say_unmatched(session)
     quiet()
     try:
         with (
@@ -83,9 +86,9 @@ def run(
                 rebuild_changed=rebuild_changed,
                 placement=placement,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(exit_code(error)) from None
     sys.stdout.write(render(results.document, Format.json if json else Format.table))
     sys.stdout.flush()
     print(f"{progress.summary()}; tables and pictures are in {results.out}", file=sys.stderr)

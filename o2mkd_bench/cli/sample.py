@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .cells import CellName, CellSuite, choose, find_suite
-from .common import Device, Seed, Sets, StoreDir, counted, open_session
+from .common import Device, Seed, Sets, StoreDir, counted, open_session, path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Fewer images are drawn before a compiler is done.
 WORTH_COMPILING = 2048
+OTHER_PICTURES = frozenset(
+    (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".pdf", ".svg", ".eps", ".ps")
+)
 
 
 def sample(
@@ -25,7 +28,10 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png|DIR", help="A grid; or a folder for it and each image.", show_default="CELL.png"
+            parser=path,
+            metavar="FILE.png|DIR",
+            help="A grid; or a folder for it and each image.",
+            show_default="CELL.png",
         ),
     ] = None,
     suite: CellSuite = None,
@@ -48,6 +54,9 @@ def sample(
         if not session.store.has(name):
             label = session.plan.stages[name].label
             raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.root}; run its suite first")
+    place = out or Path(f"{chosen.identity[:8]}.png")
+    # drawing takes longer than to find out that there is no place for the images
+    check_place(place)
     quiet()
     from ..core.events import Event
     from ..core.mode import PLAIN
@@ -62,15 +71,41 @@ def sample(
         bench = Bench(session.store, session.machine.device, progress, session.registry, mode)
         images = draw(bench, stage.spec, stage.needs["students"], range(n), stage).numpy()
         progress(Event("done", stage.identity, chosen.describe()))
-    print(f"{counted(n, 'image')} in {save(images, out or Path(f'{chosen.identity[:8]}.png'))}")
+    save(images, place)
+    print(f"{counted(n, 'image')} in {place}")
 
 
-def save(images: NDArray[np.uint8], out: Path) -> Path:
+def check_place(out: Path) -> None:
+    """Make the folder that images go to.
+
+    Raises:
+        UserError: when it cannot be made or written, and for a file that is no PNG.
+    """
+    import tempfile
+
+    from ..core.disk import guarded
+    from ..core.errors import UserError
+
+    if out.suffix.lower() in OTHER_PICTURES:
+        raise UserError(f"--out {out}: a grid is written as PNG; name a file that ends in .png, or a folder")
+    if is_grid(out) and out.is_dir():
+        raise UserError(f"--out {out}: this is a folder, and a name that ends in .png is a file's; name another")
+    folder = (out.parent if is_grid(out) else out).absolute()
+    with guarded(folder, "--out:", "name another"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def is_grid(out: Path) -> bool:
+    """Whether ``out`` is a file for a grid of all images, and no folder."""
+    return out.suffix.lower() == ".png"
+
+
+def save(images: NDArray[np.uint8], out: Path) -> None:
     """A grid as one PNG; where ``out`` is a folder, ``grid.png`` and one PNG an image in it."""
     from ..report.plots import samples_grid
 
-    is_file = out.suffix.lower() == ".png"
-    (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+    is_file = is_grid(out)
     samples_grid(images, out if is_file else out / "grid.png", 8)
     if not is_file:
         from PIL import Image
@@ -78,4 +113,3 @@ def save(images: NDArray[np.uint8], out: Path) -> Path:
         for number, image in enumerate(images):
             pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             Image.fromarray(pixels).save(out / f"{number:05d}.png")
-    return out

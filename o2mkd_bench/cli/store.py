@@ -26,9 +26,9 @@ def ls(store: StoreDir = None, json: Json = False) -> None:
 
     Example: `o2mkd-bench store ls`
     """
-    from ..core.session import store_at
+    from ..core.session import existing_store
 
-    place = store_at(store)
+    place = existing_store(store)
     found = place.ls()
     sizes = {manifest.identity: sum(file.size for file in manifest.files.values()) for manifest in found}
     if json:
@@ -65,8 +65,12 @@ def gc(
     Example: `o2mkd-bench store gc suites/*.yaml --dry-run`
     """
     from ..core.errors import UserError
-    from ..core.session import store_at
+    from ..core.runlog import at_work
+    from ..core.session import existing_store
 
+    place = existing_store(store)
+    if not dry_run and (runs := at_work(place)):
+        raise UserError(f"{', '.join(runs)} is at work in {place.address}, whose artifacts would go; wait for its end")
     keep: set[str] = set()
     for suite in suites:
         session = open_session(suite, store, device=device)
@@ -76,7 +80,7 @@ def gc(
                     f"{suite}: what it needs is not known ({cell.unresolved}); run it first, or leave gc be"
                 )
         keep |= session.plan.stages.keys()
-    freed = store_at(store).gc(keep, dry_run)
+    freed = place.gc(keep, dry_run)
     verb = "would remove" if dry_run else "removed"
     print(f"{verb} {counted(len(freed.ids), 'artifact')}, {bytes_text(freed.bytes)}")
 
@@ -92,9 +96,9 @@ def verify(
 
     Example: `o2mkd-bench store verify`
     """
-    from ..core.session import store_at
+    from ..core.session import existing_store
 
-    place = store_at(store)
+    place = existing_store(store)
     damaged = place.verify()
     for error in damaged:
         print(error)
@@ -126,10 +130,10 @@ def export(
 
     Example: `o2mkd-bench store export carried suites/quickstart.yaml`
     """
-    from ..core.session import store_at
+    from ..core.session import existing_store
     from ..core.transfer import export_artifacts, parse_size
 
-    place = store_at(store)
+    place = existing_store(store)
     size = parse_size(part_size)
     stored = [manifest.identity for manifest in place.ls()]
     if suites:

@@ -213,6 +213,10 @@ class Expect(Block):
     refuse: bool = True
 
 
+STUDENT_KEYS = ("width", "blocks", "config", "variant")
+"""The keys of a student's entry that say what its architecture is."""
+
+
 class StudentEntry(Block):
     """A student's network, derived from the teacher's.
 

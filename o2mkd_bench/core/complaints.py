@@ -65,7 +65,14 @@ def complaints(error: ValidationError, model: Any) -> list[tuple[tuple[str | int
 
     The branches of a union each complain; those of one place are joined into one sentence by :func:`joined`.
     """
-    return [(e["loc"], _sentence(e, model), e["type"] == "missing") for e in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    return [(e["loc"], _sentence(e, model), e["type"] == "missing") for e in found if not _follows(e, found)]
+
+
+def _follows(error: ErrorDetails, all_: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is too short only because entries of it are wrong: pydantic counts the right ones."""
+    place = error["loc"]
+    return error["type"] == "too_short" and any(e["loc"][: len(place)] == place != e["loc"] for e in all_)
 
 
 def joined(sentences: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,19 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
     ``fingerprints.json`` in :func:`cache_folder`; one that cannot be read or written costs time, nothing else.
 
     Raises:
-        UserError: when ``path`` does not exist.
+        UserError: when ``path`` does not exist, or something of it cannot be read, which is named.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; correct the path")
     cache = cache or cache_folder() / "fingerprints.json"
-    key, stamp = str(path.resolve()), _stamp(path)
-    known = _read(cache).get(key)
-    if isinstance(known, dict) and known.get("stamp") == stamp:
-        return str(known["sha256"])
-    found = _tree(path) if path.is_dir() else file_sha256(path)
-    if _stamp(path) == stamp:  # a file that changed while it was read must not be remembered
-        _remember(cache, key, {"stamp": stamp, "sha256": found})
+    with _readable(path):
+        key, stamp = str(path.resolve()), _stamp(path)
+        known = _read(cache).get(key)
+        if isinstance(known, dict) and known.get("stamp") == stamp:
+            return str(known["sha256"])
+        found = _tree(path) if path.is_dir() else file_sha256(path)
+        if _stamp(path) == stamp:  # a file that changed while it was read must not be remembered
+            _remember(cache, key, {"stamp": stamp, "sha256": found})
     return found
 
 
@@ -48,14 +49,35 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Relative POSIX names and paths of all files below ``folder``, sorted by name."""
-    return iter(sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()))
+def files_below(folder: Path) -> list[tuple[str, Path]]:
+    """Relative POSIX names and paths of all files below ``folder``, sorted by name; links to folders are not followed.
+
+    Raises:
+        UserError: when a folder cannot be read, which must not pass for one that holds nothing.
+    """
+
+    def forbidden(error: OSError) -> None:
+        raise error
+
+    with _readable(folder):
+        walked = os.walk(folder, onerror=forbidden)
+        paths = [Path(place, name) for place, _, names in walked for name in names]
+        return sorted((p.relative_to(folder).as_posix(), p) for p in paths if p.is_file())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """An OSError as a UserError that names what cannot be read, ``path`` where the error does not say."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or os.fspath(path))
+        raise UserError(f"{name} cannot be read ({error.strerror}); mend that, or take it away") from error
 
 
 def _tree(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name, path in _files(folder):
+    for name, path in files_below(folder):
         # JSON keeps the border between a name and the next hash unambiguous
         digest.update(json.dumps([name, file_sha256(path)]).encode())
     return digest.hexdigest()
@@ -63,7 +85,7 @@ def _tree(folder: Path) -> str:
 
 def _stamp(path: Path) -> str:
     """Changes whenever a name, a size or a time of modification does."""
-    files = _files(path) if path.is_dir() else iter([("", path)])
+    files = files_below(path) if path.is_dir() else [("", path)]
     seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in ((n, p.stat()) for n, p in files)]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 

@@ -61,7 +61,10 @@ class Inputs:
         if entry.train is not None:
             return self._trained(entry, source)
         where = at(self.suite, f"teachers.{entry.name}")
-        path = self.suite.base / entry.path if entry.path else self.locate(entry.hub or "", entry.revision)
+        try:
+            path = self.suite.base / entry.path if entry.path else self.locate(entry.hub or "", entry.revision)
+        except UserError as error:
+            raise UserError(f"{where}.hub: {error}") from error
         if path is None:
             return None
         given = None if entry.schedule is None else NoiseSchedule(**entry.schedule.model_dump()).scheduler_config()

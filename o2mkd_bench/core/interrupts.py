@@ -1,4 +1,4 @@
-"""Ctrl-C: held back while work is made that should not be cut in the middle, and the second one stops at once."""
+"""Ctrl-C, SIGTERM, SIGHUP: held back while work is made that should not be cut; the second one stops at once."""
 
 from __future__ import annotations
 
@@ -6,68 +6,110 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED = 130
-"""The exit code of who was interrupted."""
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code of who was interrupted by Ctrl-C."""
 
 Handler = Callable[[int, FrameType | None], object]
+
+# Ctrl-C, a scheduler that wants its machine back, a terminal that was closed.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt by a signal; ``code`` is the exit code that says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """What a process ends with that was interrupted by ``error``."""
+    return error.code if isinstance(error, Interrupted) else INTERRUPTED
 
 
 @contextmanager
 def twice() -> Iterator[None]:
-    """The first interrupt raises KeyboardInterrupt as ever; the second ends the process, whatever it is at."""
+    """The first signal raises :class:`Interrupted`; the second ends the process, whatever it is at."""
+    seen = threading.Event()
 
-    def second(number: int, frame: FrameType | None) -> None:
-        if sys.stderr.isatty():
-            # a live display has hidden the cursor
-            os.write(sys.stderr.fileno(), b"\x1b[?25h")
-        os._exit(INTERRUPTED)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not seen.is_set():
+            seen.set()
+            raise Interrupted(number)
+        if _is_second(number):
+            if sys.stderr.isatty():
+                # a live display has hidden the cursor
+                os.write(sys.stderr.fileno(), b"\x1b[?25h")
+            os._exit(128 + number)
 
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, second)
-        raise KeyboardInterrupt
-
-    with _handled(lambda _: first):
+    heard = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    # what comes after the first one may be slow too
+    with _handled(dict.fromkeys(heard, stop), stays=seen.is_set):
         yield
 
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], bool]]:
-    """The first interrupt is noted, which the callable tells, and passed on at the end of the block.
+    """The first signal is noted, which the callable tells, and passed on at the end of the block.
 
-    A second one is passed on at once.
+    A second one is passed on at once. Signals that end the process by default still do.
     """
-    noted = threading.Event()
+    noted: list[int] = []
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in found.items() if callable(handler) and handler is not passed_over}
 
-    def noting(before: Handler) -> Handler:
-        def note(number: int, frame: FrameType | None) -> None:
-            if noted.is_set():
-                before(number, frame)
-            noted.set()
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        if len(noted) > 1 and _is_second(number):
+            before[signal.Signals(number)](number, frame)
 
-        return note
+    with _handled(dict.fromkeys(before, note)):
+        yield lambda: bool(noted)
+    if noted:
+        signal.raise_signal(noted[0])
 
-    with _handled(noting):
-        yield noted.is_set
-    if noted.is_set():
-        signal.raise_signal(signal.SIGINT)
+
+def passed_over(number: int, frame: FrameType | None) -> None:
+    """The handler of who is told otherwise when to stop; unlike SIG_IGN, what it starts does not inherit it."""
+
+
+def _is_second(number: int) -> bool:
+    # of a closed terminal both the shell and the system tell
+    return number != signal.SIGHUP
 
 
 @contextmanager
-def _handled(make: Callable[[Handler], Handler]) -> Iterator[None]:
-    """SIGINT handled by what ``make`` makes of its handler; nothing where it is ignored, or we are no main thread."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+def _handled(made: Mapping[signal.Signals, Handler], stays: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Signals handled by ``made``, afterwards too if it ``stays``; nothing where we are no main thread."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    made = make(before)
-    signal.signal(signal.SIGINT, made)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _let_go()
+        made[signal.Signals(number)](number, frame)
+
+    before = {number: signal.signal(number, handle) for number in made}
     try:
         yield
     finally:
-        # one that has given way to another stays so
-        if signal.getsignal(signal.SIGINT) is made:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            if not stays():
+                signal.signal(number, handler)
+
+
+def _let_go() -> None:
+    """Output to a terminal that is gone goes nowhere: its errors would come before the checkpoints."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

@@ -73,6 +73,10 @@ class Mirror(Store):
             self._fetch(self.manifest(id), name)
             return super().read(id, name)
 
+    def exists(self) -> bool:
+        with self._reading():
+            return bool(self._fs.exists(self._at("artifacts")))
+
     def verify(self) -> list[CorruptArtifact]:
         with self.guard():
             for place in self._places():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from .blocks import STUDENT_KEYS
 from .errors import UserError
 from .options import Options
 
@@ -43,7 +44,12 @@ class ModelFamily(ABC):
 
     An architecture is a plain JSON dict in the form of diffusers' ``config.json``, complete: no key is left to a
     default that another diffusers version might change.
+
+    Attributes:
+        student_keys: what :meth:`student_config` reads of a student; a suite that gives another key is refused.
     """
+
+    student_keys: ClassVar[tuple[str, ...]] = STUDENT_KEYS
 
     @abstractmethod
     def teacher_config(self, options: Options, channels: int, size: int) -> dict[str, Any]:
@@ -51,7 +57,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def student_config(self, teacher: Mapping[str, Any], student: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The architecture derived from the teacher's by ``width``, ``blocks`` or an explicit ``config``.
+        """The architecture derived from the teacher's by what ``student_keys`` names.
 
         Raises:
             UserError: naming ``where``, when the width gives channels that the normalisation groups do not divide.

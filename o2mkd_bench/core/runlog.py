@@ -121,6 +121,19 @@ def runs(store: Store, suite: str) -> list[Path]:
     return found
 
 
+def at_work(store: Store) -> list[str]:
+    """The runs that go on in a store, each in words: its name, its suite, and its process."""
+    found = []
+    for path in sorted((store.root / "runs").glob("run-*/events.jsonl")):
+        if alive(store, path):
+            with path.open(encoding="utf-8") as file:
+                first = file.readline()
+            # it is there from the start, and may be half written
+            head = json.loads(first) if first.endswith("\n") else {}
+            found.append(f"{path.parent.name} (suite {head.get('suite')}, process {head.get('pid')})")
+    return found
+
+
 def alive(store: Store, log: Path) -> bool:
     """Whether the run that writes ``log`` still goes on."""
     lock = store.root / "locks" / f"{log.parent.name}.lock"

@@ -85,6 +85,18 @@ def store_at(path: Path | None) -> Store:
     return Mirror(url, Path(".o2mkd/cache", hashlib.sha256(url.encode()).hexdigest()[:16]))
 
 
+def existing_store(path: Path | None) -> Store:
+    """As :func:`store_at`, for who only looks at what is there.
+
+    Raises:
+        UserError: for a folder that is no store, too.
+    """
+    store = store_at(path)
+    if not store.exists():
+        raise UserError(f"there is no store in {store.address}; name it with --store DIR or {STORE_VARIABLE}")
+    return store
+
+
 def this_machine(suite: Suite) -> Machine:
     """What speed readings of ``suite`` depend on here.
 
@@ -124,6 +136,7 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
             return measured_edges(place, stage)
         return None
 
+    _check_only(suite, only)
     registry, place = default_registry(), store_at(store)
     machine, accept = this_machine(suite), [selection(text) for text in only]
     plan = build(suite, machine, _cached, accept, registry, edges)
@@ -159,6 +172,19 @@ def check_sources(plan: Plan, store: Store, registry: Registry) -> None:
             plugin.load()(plugin.parse(stage.local["options"]), Path(stage.local["base"])).ready()
         elif stage.kind == "codec":
             registry.get("models", stage.spec["family"]["name"]).load()().ready()
+
+
+def _check_only(suite: Suite, only: Sequence[str]) -> None:
+    """Raise UserError for filters on one axis of which each leaves something and all together nothing."""
+    for axis, labels in suite.labels().items():
+        mine = [text for text in only if text.partition("=")[0] == axis and "=" in text]
+        left = [{label for label in labels if selection(text)({axis: label})} for text in mine]
+        if all(left) and left and not set.intersection(*left):
+            both = ",".join(text.partition("=")[2] for text in mine)
+            raise UserError(
+                f"{' '.join(f'--only {text}' for text in mine)} leaves no cell; join the values of one axis by commas: "
+                f"--only {axis}={both}"
+            )
 
 
 def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:

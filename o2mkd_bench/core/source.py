@@ -253,7 +253,7 @@ def extend(root: Node, folder: Path, chain: tuple[Path, ...] = ()) -> Node:
     if given is None:
         return root
     if not isinstance(given.value, str):
-        raise UserError(f"{given.origin}: extends: {wanted('the path of another suite file', given.value)}")
+        raise UserError(f"{given.origin}: extends: {wanted('the path of another suite file', given.plain())}")
     path = Path(os.path.normpath(folder / given.value))
     links = [*chain, path]
     if len(links) > LINKS:

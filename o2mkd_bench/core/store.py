@@ -24,7 +24,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from .disk import guarded, remove, renamed, seal, sync, write_synced
-from .errors import CorruptArtifact, UserError
+from .errors import CorruptArtifact, StoreError, UserError
 from .identity import plain
 from .manifest import MANIFEST, SCHEMA_VERSION, Manifest, check_identity
 
@@ -120,6 +120,10 @@ class Store:
     def read_json(self, id: str, name: str) -> Any:
         """The content of one JSON file, verified like :meth:`read`."""
         return json.loads(self.read(id, name).read_text(encoding="utf-8"))
+
+    def exists(self) -> bool:
+        """Whether something was ever written here."""
+        return any(os.path.isdir(self.root / part) for part in ("artifacts", "locks"))
 
     def ls(self) -> list[Manifest]:
         """The manifests of all complete artifacts, by kind, label and identity."""
@@ -359,7 +363,14 @@ def now() -> str:
 
 def _inside(folder: Path, names: str) -> list[tuple[Path, str]]:
     """Entries with the identity each one's name begins with, in order of name; what is not ours is passed over."""
-    if not folder.is_dir():
+    try:
+        found = [(path, re.fullmatch(names, path.name)) for path in sorted(folder.iterdir())]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(path, re.fullmatch(names, path.name)) for path in sorted(folder.iterdir())]
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise StoreError(
+            f"the store's folder {folder} cannot be read ({reason}); make it readable or choose another store with "
+            "--store DIR"
+        ) from error
     return [(path, match[1]) for path, match in found if match]

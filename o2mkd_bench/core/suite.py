@@ -33,7 +33,6 @@ from .blocks import (
     Switch,
     Training,
     TrainingOverride,
-    any_match,
 )
 from .complaints import near, wanted
 from .disk import read_text
@@ -41,6 +40,7 @@ from .grid import Spacing
 from .options import neutral
 from .plugins import Registry
 from .program import Clip
+from .rules import stray_patterns
 from .schedule import Prediction
 from .source import Node, Origin
 from .uses import PluginUse, Problems, Use, Uses
@@ -318,7 +318,8 @@ class _Expansion:
         labels = [use.label for use in uses]
         named = found.get("dataset")
         if named is None:
-            if len(labels) == 1:
+            # of two that are called the same, that is what is said, later
+            if len(labels) == 1 or len(set(labels)) < len(labels):
                 found["dataset"] = labels[0]
             elif labels:
                 self.problems.add((*path, "dataset"), f"this key is missing; add one of {', '.join(labels)}")
@@ -382,12 +383,5 @@ def _check_expected(suite: Suite, problems: Problems) -> None:
 
 def _check_rules(suite: Suite, problems: Problems) -> None:
     """A pattern that matches no label is a misspelt one: it would silently leave cells in or out."""
-    labels = suite.labels()
-    for key in ("include", "exclude"):
-        for number, rule in enumerate(getattr(suite, key)):
-            for axis, patterns in rule.patterns().items():
-                for pattern in patterns:
-                    if not any(any_match([pattern], label) for label in labels[axis]):
-                        hint = near(pattern, labels[axis])
-                        text = f"{pattern!r} matches no {axis} of this suite{hint} (known: {', '.join(labels[axis])})"
-                        problems.add((key, number, axis), text)
+    for stray in stray_patterns(suite):
+        problems.add((stray.key, stray.number, stray.axis), stray.text(most=len(stray.labels)))

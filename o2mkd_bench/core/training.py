@@ -8,12 +8,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from .blocks import STUDENT_KEYS
 from .data import Captions
 from .edges import IMAGES, POINTS, WAITING, Undecided
 from .errors import CorruptArtifact, PluginError, UserError
 from .identity import resolved
 from .intervals import Interval, Law
 from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
+from .models import ModelFamily
 from .plan import Plan, Stage, Trained
 from .plugins import Plugin, Registry
 from .program import Clip, Round, Sampler
@@ -200,7 +202,7 @@ class Trainer:
         """One student for all timesteps: what a wrapper is given, and what a baseline is."""
         everything = Interval(0, recipe.teacher.schedule.timesteps)
         batch = self.training(recipe).batch
-        student = recipe.student.model_dump(include={"width", "blocks", "config", "variant"})
+        student = recipe.student.model_dump(include=set(STUDENT_KEYS))
         law = Law.uniform(everything)
         return Job("student", everything, everything, law, batch, steps, steps, student=student)
 
@@ -230,8 +232,16 @@ class Trainer:
         """The architecture of a job, which must be that of what it starts from."""
         where = at(self.suite, f"students.{recipe.student.name}")
         teacher = recipe.teacher
+        family: ModelFamily = teacher.family.load()()
+        for key in recipe.student.model_dump(include=set(STUDENT_KEYS), exclude_defaults=True):
+            # a family that does not read it would train a student of full size
+            if key not in family.student_keys:
+                raise UserError(
+                    f"{where}.{key}: {teacher.family.key}, the family of teacher {teacher.name}, has no {key}; its "
+                    f"students are given by {', '.join(family.student_keys)}"
+                )
         try:
-            config: Mapping[str, Any] = teacher.family.load()().student_config(teacher.config, job.student, where)
+            config: Mapping[str, Any] = family.student_config(teacher.config, job.student, where)
         except UserError:
             raise
         except Exception as error:  # the teacher's config may be anybody's
@@ -243,7 +253,7 @@ class Trainer:
         if self._origin(recipe, job) == "teacher":
             asked = where if recipe.student.init == "teacher" else f"{where}: wrappers.{recipe.wrapper.label}"
             # refused now, not when the teacher is there
-            teacher.family.load()().check_start(teacher.config, config, asked)
+            family.check_start(teacher.config, config, asked)
         # dropout has no weights
         elif before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..core.complaints import complaints, near
 from ..core.errors import UserError
 from ..core.executor import Executor, Site
 from ..core.machine import gpus_like
@@ -45,10 +46,13 @@ def choose(session: Session, placement: Placement, fail_fast: bool) -> Executor 
     try:
         options = plugin.parse(placement.options)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(plugin.options.model_fields) or "none"
-        raise UserError(f"--executor {placement.executor}: {key}: {first['msg']} (options: {known})") from error
+        path, text, _ = complaints(error, plugin.options)[0]
+        key = ".".join(map(str, path))
+        known = list(plugin.options.model_fields)
+        if len(path) == 1 and path[0] not in known:
+            text = f"it has no such option{near(key, known)}"
+        listed = ", ".join(known) or "none"
+        raise UserError(f"--executor {placement.executor}: {key}: {text} (options: {listed})") from error
     machine = session.machine
     site = Site(
         session.store.root, machine.device, devices, machine.mode, fail_fast, tuple(sys.path), session.store.address

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 
 from ..core.events import Event
 from ..core.executor import Report, Site, Task
+from ..core.interrupts import passed_over
 
 
 def main(descriptor: int) -> None:
@@ -19,6 +20,9 @@ def main(descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     # it is ignored where the run was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a scheduler tells every process of a job; the run then tells us, and waits for our checkpoints
+    for told in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(told, passed_over)
     link: Connection = Connection(descriptor)
     site: Site = link.recv()
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()

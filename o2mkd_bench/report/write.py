@@ -8,7 +8,8 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,22 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
         UserError: when the results mix protocols in one column, or the folder cannot be written; ``out`` is then as it
             was.
     """
+    with folder_for(out) as place:
+        _write(results, place, pictures)
+
+
+@contextmanager
+def folder_for(out: Path) -> Iterator[Path]:
+    """The folder ``out``, made where need be, and found to be one that can be written.
+
+    Raises:
+        UserError: when it cannot be written, then or while it is held.
+    """
     out = out.absolute()
     with guarded(out, "the results folder", "choose another with --out DIR"):
         out.mkdir(parents=True, exist_ok=True)
-        _write(results, out, pictures)
+        tempfile.TemporaryFile(dir=out).close()
+        yield out
 
 
 def _write(results: Results, out: Path, pictures: Callable[[Path], None] | None) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from o2mkd_bench.core.data import Split
 from o2mkd_bench.core.errors import UserError
-from o2mkd_bench.core.fingerprint import content_hash
+from o2mkd_bench.core.fingerprint import content_hash, files_below
 
 from .pictures import SUFFIXES, Square
 
@@ -71,17 +71,20 @@ class Folder(Archive):
         return not self._found()
 
     def files(self) -> list[Path]:
-        """Raises UserError when there are not two."""
+        """Raises UserError when there are not two, or a folder cannot be read."""
         found = self._found()
         if len(found) < 2:
             raise UserError(
                 f"{self.key}.root: {self.root} holds {len(found)} images ({', '.join(sorted(SUFFIXES))}); "
                 "at least 2 are needed"
             )
-        return sorted(found, key=lambda p: p.relative_to(self.root).as_posix())
+        return found
 
     def _found(self) -> list[Path]:
-        return [p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        try:
+            return [path for _, path in files_below(self.root) if path.suffix.lower() in SUFFIXES]
+        except UserError as error:
+            raise UserError(f"{self.key}.root: {error}") from error
 
     def __len__(self) -> int:
         return len(self.files())

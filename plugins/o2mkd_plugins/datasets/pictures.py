@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # of one picture, before it is brought to its size: a small file can unpack to as much as memory holds
 MOST_PIXELS = 64_000_000
+_DEEP = ("I", "F")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -24,7 +25,7 @@ def decode(data: bytes | Path, channels: int, where: str) -> Image.Image:
     """The image as RGB (``channels`` 3) or grey (1).
 
     Raises:
-        UserError: naming ``where``, when the file is no whole image.
+        UserError: naming ``where``, when the file is no whole image, or one of more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -33,7 +34,14 @@ def decode(data: bytes | Path, channels: int, where: str) -> Image.Image:
         with Image.open(source) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MOST_PIXELS} are read")
+            if image.mode.startswith(_DEEP):
+                # Pillow would cut their values off at 255
+                raise UserError(
+                    f"{where} has more than 8 bits a channel (mode {image.mode} of Pillow); convert it to 8 bits"
+                )
             return image.convert("RGB" if channels == 3 else "L")
+    except UserError:
+        raise
     except Exception as error:  # a decoder raises whatever a broken file leads it to
         raise UserError(f"{where} is not a readable image ({error}); remove or replace it") from error
 

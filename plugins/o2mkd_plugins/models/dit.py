@@ -73,6 +73,8 @@ class DiT(ModelFamily):
     is that of the sampler.
     """
 
+    student_keys = ("width", "blocks", "config")
+
     def teacher_config(self, options: Options, channels: int, size: int) -> dict[str, Any]:
         """A complete config for images (channels, size, size).
 

@@ -62,6 +62,8 @@ GIVEN = ("sample_size", "in_channels", "out_channels")
 class UNet2D(ModelFamily):
     """The U-Net of DDPM (Ho et al., arXiv 2006.11239) as diffusers builds it, unconditional."""
 
+    student_keys = ("width", "blocks", "config")
+
     def teacher_config(self, options: Options, channels: int, size: int) -> dict[str, Any]:
         """A complete config for images (channels, size, size).
 
