@@ -15,8 +15,8 @@ INTERRUPTED = 128 + signal.SIGINT
 
 Handler = Callable[[int, FrameType | None], object]
 
-# Ctrl-C, a scheduler that wants its machine back, a terminal that was closed.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ctrl-C, a scheduler that wants its machine back, and, where there is such a signal, a terminal that was closed.
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,7 +47,7 @@ def twice() -> Iterator[None]:
                 os.write(sys.stderr.fileno(), b"\x1b[?25h")
             os._exit(128 + number)
 
-    heard = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     # what comes after the first one may be slow too
     with _handled(dict.fromkeys(heard, stop), stays=seen.is_set):
         yield
@@ -60,7 +60,7 @@ def held_back() -> Iterator[Callable[[], bool]]:
     A second one is passed on at once. Signals that end the process by default still do.
     """
     noted: list[int] = []
-    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    found = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in found.items() if callable(handler) and handler is not passed_over}
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -80,7 +80,11 @@ def passed_over(number: int, frame: FrameType | None) -> None:
 
 def _is_second(number: int) -> bool:
     # of a closed terminal both the shell and the system tell
-    return number != signal.SIGHUP
+    return not _closes(number)
+
+
+def _closes(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP"
 
 
 @contextmanager
@@ -91,7 +95,7 @@ def _handled(made: Mapping[signal.Signals, Handler], stays: Callable[[], bool] =
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
+        if _closes(number):
             _let_go()
         made[signal.Signals(number)](number, frame)
 

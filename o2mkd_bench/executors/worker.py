@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 from ..core.events import Event
 from ..core.executor import Report, Site, Task
-from ..core.interrupts import passed_over
+from ..core.interrupts import SIGNALS, passed_over
 
 
 def main(descriptor: int) -> None:
@@ -21,8 +21,9 @@ def main(descriptor: int) -> None:
     # it is ignored where the run was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # a scheduler tells every process of a job; the run then tells us, and waits for our checkpoints
-    for told in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(told, passed_over)
+    for told in SIGNALS:
+        if told != signal.SIGINT:
+            signal.signal(told, passed_over)
     link: Connection = Connection(descriptor)
     site: Site = link.recv()
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
