@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="class")
 def machine() -> Iterator[None]:
     """Ray on this machine alone, with two slots."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # one of its own, whatever else runs on this machine
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -208,11 +208,15 @@ slices() {
   both=$(comma $students)
   local headline=(--only wrapper=single,o2mkd-4 --only budget=819k --only sampler=ddim,dpm_solver)
   local output=(--only method=output --only budget=819k)
+  # their baseline is the one student of the headline, which is not to be trained again where its store is gone
+  local lone=("${output[@]}" --set baselines=[])
 
   # the teacher alone: its ladder, and what `expect:` in suites/cifar_local.yaml is to say
   slice teacher 110 "$suite" --set 'include=[{student: nobody}]' --only seed=0 --set speed.enabled=false
   for student in $students; do
     main "$(of "$student" 540 400)" "headline-$student" --only method=output "${headline[@]}" --only weights=ema \
+      --only student="$student"
+    main "$(of "$student" 540 400)" "batch-$student" "${lone[@]}" --only wrapper=single-batch-128 \
       --only student="$student"
     main "$(of "$student" 540 400)" "features-$student" --only method=output+feature "${headline[@]}" \
       --only student="$student"
@@ -222,8 +226,6 @@ slices() {
   main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$both"
 
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
-  # their baseline is the one student of the headline, which is not to be trained again where its store is gone
-  local lone=("${output[@]}" --set baselines=[])
   for student in $students; do
     main 300 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
