@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito, "Color universal design": told apart with every common colour blindness; black is the teacher's
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#666666")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# the second eight are for grids so large that colours would come again
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#666666"),
+    *("#00324E", "#7A1F00", "#74C476", "#7B3294", "#F7DC6F", "#1B1B1B", "#FDAE8B", "#B0B0D8"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
 DASHES = ("-", "--", ":", "-.")
 # a line and a fill each: points that nothing joins still say who drew them
 SAMPLERS = (("-", "full"), ("--", "bottom"), (":", "left"), ("-.", "top"), ((0, (6, 2, 1, 2, 1, 2)), "right"))
