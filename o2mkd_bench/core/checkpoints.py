@@ -25,9 +25,8 @@ PICKLED = "diffusion_pytorch_model.bin"
 CODEC = ("vae", "text_encoder", "tokenizer")
 """The parts that make a pipeline one of latents and text; what else Stable Diffusion's has, no image needs."""
 SCHEDULER = "scheduler_config.json"
-
-# What a pipeline calls its denoiser, and the folder it lies in.
 DENOISERS = ("unet", "transformer")
+"""What a pipeline calls its denoiser, and the folder it lies in."""
 
 # Schedulers of diffusers whose networks see integer timesteps and x_t = alpha_t x0 + sigma_t noise. The others scale
 # the input, or count time otherwise, and a network trained with them would be fed the wrong thing in silence.
