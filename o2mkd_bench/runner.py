@@ -95,11 +95,10 @@ def run_session(
     placement: Placement = HERE,
 ) -> Results:
     """``run`` for a session that is already prepared."""
-    from .report.write import folder_for
+    from .report.write import check_folder
 
     # before the work, not after it
-    with folder_for(out or results_folder(session.suite)):
-        pass
+    check_folder(out or results_folder(session.suite))
     with RunLog(session.store, session.suite.name, observer) as log:
         with walking(session, log, fail_fast, placement) as walk:
             if rebuild_changed:

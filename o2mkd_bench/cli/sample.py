@@ -81,19 +81,14 @@ def check_place(out: Path) -> None:
     Raises:
         UserError: when it cannot be made or written, and for a file that is no PNG.
     """
-    import tempfile
-
-    from ..core.disk import guarded
+    from ..core.disk import ready
     from ..core.errors import UserError
 
     if out.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"--out {out}: a grid is written as PNG; name a file that ends in .png, or a folder")
     if is_grid(out) and out.is_dir():
         raise UserError(f"--out {out}: this is a folder, and a name that ends in .png is a file's; name another")
-    folder = (out.parent if is_grid(out) else out).absolute()
-    with guarded(folder, "--out:", "name another"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    ready(out.parent if is_grid(out) else out, "--out:", "name another")
 
 
 def is_grid(out: Path) -> bool:

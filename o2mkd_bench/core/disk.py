@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,19 @@ def guarded(place: Path, what: str, elsewhere: str) -> Iterator[None]:
         if code in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
             raise StoreError(f"{what} {place} is not a folder; {elsewhere}") from error
         raise
+
+
+def ready(folder: Path, what: str, elsewhere: str) -> Path:
+    """``folder``, absolute, made where need be and written to once, so that work begins only where it can end.
+
+    Raises:
+        StoreError: as :func:`guarded`.
+    """
+    folder = folder.absolute()
+    with guarded(folder, what, elsewhere):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def _trouble(error: Exception, place: Path) -> int | None:

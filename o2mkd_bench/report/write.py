@@ -8,12 +8,11 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.disk import guarded
+from ..core.disk import guarded, ready
 from ..core.errors import UserError
 from .frame import write_csv
 from .lines import Results
@@ -23,6 +22,7 @@ from .tables import markdown
 from .text import finite
 
 SCHEMA_VERSION = 1
+_WHOSE = ("the results folder", "choose another with --out DIR")
 PICTURE = re.compile(r"samples/[^/]+\.png")
 # whose the files beside their place are: this machine's, then the process'
 _OURS = f".report-{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}-"
@@ -41,22 +41,18 @@ def write(results: Results, out: Path, pictures: Callable[[Path], None] | None =
         UserError: when the results mix protocols in one column, or the folder cannot be written; ``out`` is then as it
             was.
     """
-    with folder_for(out) as place:
-        _write(results, place, pictures)
+    out = check_folder(out)
+    with guarded(out, *_WHOSE):
+        _write(results, out, pictures)
 
 
-@contextmanager
-def folder_for(out: Path) -> Iterator[Path]:
-    """The folder ``out``, made where need be, and found to be one that can be written.
+def check_folder(out: Path) -> Path:
+    """``out``, absolute, made where need be.
 
     Raises:
-        UserError: when it cannot be written, then or while it is held.
+        UserError: when it cannot be written.
     """
-    out = out.absolute()
-    with guarded(out, "the results folder", "choose another with --out DIR"):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        yield out
+    return ready(out, *_WHOSE)
 
 
 def _write(results: Results, out: Path, pictures: Callable[[Path], None] | None) -> None:
