@@ -129,31 +129,27 @@ def check_images(options: MetricOptions, dataset: str, images: int) -> None:
 def check_subsets(options: KernelOptions, dataset: str, images: int) -> None:
     """As :func:`check_images`, and every subset must fit into them."""
     check_images(options, dataset, images)
-    if images < options.subset_size:
-        raise UserError(
-            f"metrics.kid.subset_size: subsets of {options.subset_size} do not fit into the {images} of "
-            "sampling.images; lower it or raise sampling.images"
-        )
+    what = f"subsets of {options.subset_size} do not fit into the {images} of sampling.images"
+    _check_enough("kid.subset_size", options.subset_size, images, what)
 
 
 def check_splits(options: InceptionScoreOptions, dataset: str, images: int) -> None:
     """As :func:`check_images`, and every split must have one of them."""
     check_images(options, dataset, images)
-    if images < options.splits:
-        raise UserError(
-            f"metrics.inception_score.splits: the {images} of sampling.images make no {options.splits} splits; "
-            "lower it or raise sampling.images"
-        )
+    what = f"the {images} of sampling.images make no {options.splits} splits"
+    _check_enough("inception_score.splits", options.splits, images, what)
 
 
 def check_neighbours(options: PrecisionRecallOptions, dataset: str, images: int) -> None:
     """As :func:`check_images`, and each must have as many neighbours."""
     check_images(options, dataset, images)
-    if images <= options.neighbours:
-        raise UserError(
-            f"metrics.precision_recall.neighbours: {options.neighbours} neighbours need more than the {images} of "
-            "sampling.images; lower it or raise sampling.images"
-        )
+    what = f"{options.neighbours} neighbours need more than the {images} of sampling.images"
+    _check_enough("precision_recall.neighbours", options.neighbours + 1, images, what)
+
+
+def _check_enough(key: str, least: int, images: int, what: str) -> None:
+    if images < least:
+        raise UserError(f"metrics.{key}: {what}; lower it or raise sampling.images")
 
 
 def check_network(options: MetricOptions, dataset: str, base: Path = Path()) -> None:
