@@ -112,26 +112,25 @@ class Follower:
 
 def runs(store: Store, suite: str) -> list[Path]:
     """The logs of runs of a suite, newest first."""
-    found = []
-    for path in sorted((store.root / "runs").glob("run-*/events.jsonl"), reverse=True):
-        with path.open(encoding="utf-8") as file:
-            first = file.readline()
-        if first.endswith("\n") and json.loads(first).get("suite") == suite:
-            found.append(path)
-    return found
+    return [path for path in reversed(_logs(store)) if _head(path).get("suite") == suite]
 
 
 def at_work(store: Store) -> list[str]:
     """The runs that go on in a store, each in words: its name, its suite, and its process."""
-    found = []
-    for path in sorted((store.root / "runs").glob("run-*/events.jsonl")):
-        if alive(store, path):
-            with path.open(encoding="utf-8") as file:
-                first = file.readline()
-            # it is there from the start, and may be half written
-            head = json.loads(first) if first.endswith("\n") else {}
-            found.append(f"{path.parent.name} (suite {head.get('suite')}, process {head.get('pid')})")
-    return found
+    heads = {path.parent.name: _head(path) for path in _logs(store) if alive(store, path)}
+    return [f"{name} (suite {head.get('suite')}, process {head.get('pid')})" for name, head in heads.items()]
+
+
+def _logs(store: Store) -> list[Path]:
+    """Oldest first, as a run's name begins with its time."""
+    return sorted((store.root / "runs").glob("run-*/events.jsonl"))
+
+
+def _head(log: Path) -> dict[str, Any]:
+    """What the first line of a log says; nothing while it is half written."""
+    with log.open(encoding="utf-8") as file:
+        first = file.readline()
+    return json.loads(first) if first.endswith("\n") else {}
 
 
 def alive(store: Store, log: Path) -> bool:
