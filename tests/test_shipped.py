@@ -20,6 +20,7 @@ from o2mkd_bench.report.write import read
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = sorted(ROOT.glob("suites/*.yaml"))
+PAGES = ("README.md", "results.md")
 TUNING = ROOT / "results" / "cifar" / "tuning.yaml"
 
 
@@ -71,6 +72,14 @@ def test_every_slice_of_cifar_is_a_part_of_its_grid(monkeypatch: pytest.MonkeyPa
         assert meant or "seed=0" in command, command
         reached |= meant
     assert reached == {i for i, cell in enumerate(labels) if cell["student"]}
+
+
+@pytest.mark.parametrize("name", ["knobs", "restart"])
+def test_a_mean_and_its_spread_in_a_readme_stand_in_the_results_beside_it(name: str) -> None:
+    spread = re.compile(r"\d+\.\d+ ± \d+\.\d+")
+    told, there = (set(spread.findall((ROOT / "results" / name / file).read_text("utf-8"))) for file in PAGES)
+    assert told
+    assert told <= there
 
 
 def test_the_table_in_the_readme_is_the_committed_result() -> None:
