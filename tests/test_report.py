@@ -23,6 +23,7 @@ from o2mkd_bench.report.lines import lines, sections
 from o2mkd_bench.report.notes import NO_SPREAD
 from o2mkd_bench.report.tables import as_json, latex, markdown, terminal
 from o2mkd_bench.report.text import decimals, finite, listed, markdown_text, shared, si, si_listed, spread
+from o2mkd_bench.report.verdicts import RULE, TITLE
 from o2mkd_bench.report.write import read, write
 
 Document = dict[str, Any]
@@ -53,11 +54,16 @@ def bold(results: Document) -> set[str]:
 
 
 def table_of(page: str) -> list[dict[str, str]]:
-    """The first Markdown table of ``page``, one dict a row."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" |")] for line in page.splitlines() if line.startswith("|")
-    ]
+    """The Markdown table that comes first in ``page``, one dict a row."""
+    table = page[page.index("|") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" |")] for line in table.splitlines()]
     return [dict(zip(rows[0], cells, strict=True)) for cells in rows[2:]]
+
+
+def judged(results: Document) -> list[dict[str, str]]:
+    """The table of verdicts in the Markdown page, one dict a row; nothing where there is none."""
+    _, found, rest = markdown(results).partition(f"### {TITLE}")
+    return table_of(rest) if found else []
 
 
 @pytest.mark.parametrize(
@@ -263,6 +269,87 @@ def test_notes_state_protocol_references_machine_and_baselines() -> None:
     assert "single (total of o2mkd-2) †" in {line["wrapper"] for line in table_of(page)}
 
 
+BASE = {"baseline_of": ["equal_total of o2mkd-4"]}
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "favour", "verdict"),
+    [
+        ((10.0, 11.0, 12.0), (13.0, 14.0, 15.0), "3 of 3", "better"),
+        ((13.0, 14.0, 15.0), (10.0, 11.0, 12.0), "0 of 3", "worse"),
+        # all seeds, by less than they differ among themselves
+        ((10.0, 11.0, 12.0), (10.5, 11.5, 12.5), "3 of 3", "undecided"),
+        # by more than that, and one seed against it
+        ((10.0, 10.0, 10.0), (12.0, 12.0, 9.9), "2 of 3", "undecided"),
+        # the larger deviation counts
+        ((10.0, 10.1, 10.2), (10.3, 10.4, 15.0), "3 of 3", "undecided"),
+        ((10.0, 11.0), (10.0, 11.0), "0 of 2", "undecided"),
+    ],
+)
+def test_verdicts_go_seed_by_seed(mine: Any, other: Any, favour: str, verdict: str) -> None:
+    (found,) = judged(of([*scored("o2mkd-4", *mine), *scored("single", *other, **BASE)]))
+    assert (found["wrapper"], found["against"]) == ("o2mkd-4", "single (equal total)")
+    assert (found["seeds for it"], found["verdict"]) == (favour, verdict)
+
+
+def test_a_verdict_gives_the_difference_and_its_share() -> None:
+    results = of([*scored("o2mkd-4", 9.0, 11.0), *scored("single", 11.0, 14.0, **BASE)])
+    (found,) = judged(results)
+    assert (found["Δ fd_digits ↓"], found["%"]) == ("-2.50 ± 0.71", "-20.0")
+    assert f"- {RULE}" in markdown(results)
+    (verdict,) = json.loads(as_json(results))["tables"][0]["verdicts"]
+    assert verdict["differences"] == [-2.0, -3.0]
+    assert (verdict["baseline"], verdict["rule"], verdict["relative"]) == ("single", "equal_total", -0.2)
+    assert "better" in terminal(results)
+
+
+def test_verdicts_turn_round_where_higher_is_better() -> None:
+    metric = {**make()["metrics"][0], "higher_is_better": True}
+    rows = [*scored("o2mkd-4", 10.0, 11.0), *scored("single", 13.0, 14.0, **BASE)]
+    assert [line["verdict"] for line in judged(of(rows, metrics=[metric]))] == ["worse"]
+
+
+def test_a_verdict_pairs_the_seeds_that_both_have() -> None:
+    mine = scored("o2mkd-4", 10.0, 11.0, 99.0)
+    other = [failed(row, "boom") if row["seed"] == 2 else row for row in scored("single", 13.0, 14.0, 15.0, **BASE)]
+    (found,) = judged(of([*mine, *reversed(other)]))
+    assert (found["seeds for it"], found["Δ fd_digits ↓"]) == ("2 of 2", "-3.00 ± 0.00")
+
+
+def test_nothing_is_said_of_one_seed_or_of_another_cell() -> None:
+    assert not judged(of([*scored("o2mkd-4", 10.0), *scored("single", 13.0, **BASE)]))
+    other = scored("single", 13.0, 14.0, **BASE, budget="100k")
+    assert not judged(of([*scored("o2mkd-4", 10.0, 11.0), *other]))
+    twice = [*scored("o2mkd-4", 10.0, 11.0), *scored("o2mkd-4", 20.0, 21.0), *scored("single", 13.0, 14.0, **BASE)]
+    page = markdown(of(twice))
+    assert TITLE not in page
+    assert RULE not in page
+
+
+def test_one_baseline_of_several_and_several_of_one() -> None:
+    both = {"baseline_of": ["equal_total of o2mkd-2", "equal_total of o2mkd-4"]}
+    made = {"role": "baseline", "baseline_of": ["equal_per_student of o2mkd-4"]}
+    results = of(
+        [
+            *scored("o2mkd-2", 10.0, 11.0),
+            *scored("o2mkd-4", 10.0, 11.0),
+            *scored("single", 13.0, 14.0, **both),
+            *scored("single (per student of o2mkd-4)", 5.0, 6.0, **made),
+        ]
+    )
+    assert [(line["wrapper"], line["against"], line["verdict"]) for line in judged(results)] == [
+        ("o2mkd-2", "single (equal total)", "better"),
+        ("o2mkd-4", "single (equal total)", "better"),
+        ("o2mkd-4", "single (per student of o2mkd-4)", "worse"),
+    ]
+
+
+def test_each_score_has_its_verdict() -> None:
+    assert all("score" not in line for line in judged(wide()))
+    _, _, second = markdown(wide()).rpartition(f"### {TITLE}")
+    assert {line["score"] for line in table_of(second)} == {"fid ↓", "is ↑"}
+
+
 def test_a_bare_document_gives_bare_tables() -> None:
     bare = {
         "cell": "x",
@@ -365,8 +452,9 @@ def wide() -> Document:
 
 
 def fields(text: str) -> list[list[str]]:
-    """What stands in the tables of ``text``, line by line, footnotes apart."""
-    return [re.split(r"  +", line.strip()) for line in text.splitlines() if line.strip() and line[1] not in "·─ "]
+    """What stands in the tables of all cells in ``text``, line by line."""
+    tables = re.sub(rf"^{TITLE}$.*?(?=^\w+  teacher|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.split(r"  +", line.strip()) for line in tables.splitlines() if line.strip() and line[1] not in "·─ "]
 
 
 def test_terminal_without_a_limit_is_one_table_with_everything() -> None:

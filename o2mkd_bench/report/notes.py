@@ -9,6 +9,7 @@ from typing import Any
 from .lines import CELL, Line, Metric, Results, Section
 from .teachers import beside, expected
 from .text import decimals, finite, listed, si
+from .verdicts import RULE, verdicts
 
 BASELINE = "†"
 VARIES = ("steps", "budget", "weights", "spacing", "clip", "precision")
@@ -44,7 +45,7 @@ def notes(results: Results, sections: Sequence[Section]) -> list[str]:
     return [
         *found,
         *beside(results, sections),
-        *_baselines(every),
+        *_baselines(every, sections),
         *_settings(sections),
         *_namesakes(every),
         *_sharing(every),
@@ -132,9 +133,10 @@ def _best_teachers(metric: Metric, sections: Sequence[Section]) -> list[tuple[st
     return found
 
 
-def _baselines(every: Sequence[Line]) -> list[str]:
+def _baselines(every: Sequence[Line], sections: Sequence[Section]) -> list[str]:
     labels = dict.fromkeys(str(label) for line in every for label in line["baseline_of"] or ())
-    return [f"{BASELINE} baselines: {', '.join(labels)}"] if labels else []
+    named = [f"{BASELINE} baselines: {', '.join(labels)}"] if labels else []
+    return [*named, *([RULE] if any(verdicts(section) for section in sections) else [])]
 
 
 def _settings(sections: Sequence[Section]) -> list[str]:

@@ -4,58 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from .columns import Align, Column, T, Text, blocks, markdown_table, plain
 from .lines import CELL, Line, Metric, Results, Section, sections
 from .notes import BASELINE, count, notes, si_pair, varying
 from .text import decimals, listed, markdown_text, shared, si, si_listed, spread
+from .verdicts import TITLE, verdicts
+from .verdicts import columns as verdict_columns
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Align = Literal["left", "right"]
 _REASON = 56
 _ENDLESS = 1 << 14
 """Columns of the console that tables are printed on: it must never be what they are fitted to."""
-_STYLES = {"failed": "red", "missing": "yellow", "unresolved": "yellow"}
+_STYLES = {"failed": "red", "missing": "yellow", "unresolved": "yellow", "better": "green", "worse": "red"}
 
 
-@dataclass(frozen=True)
-class Text:
-    """What stands in one place of a table."""
-
-    text: str
-    bold: bool = False
-
-
-@dataclass(frozen=True)
-class Column:
-    """``fill`` gives what stands in a line; ``names``: it is part of how a line is called."""
-
-    header: str
-    align: Align
-    fill: Callable[[Line], Text]
-    names: bool = False
-
-    def width(self, lines: Sequence[Line]) -> int:
-        """Places on a screen that its header and every one of ``lines`` fit in."""
-        from rich.cells import cell_len
-
-        return max(map(cell_len, [self.header, *(self.fill(line).text for line in lines)]))
-
-
-def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[Column]:
+def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[Column[Line]]:
     """The columns of a section's table, all of them or a compact choice.
 
     ``extra``: keys that differ between lines, and must be seen for lines to be told apart.
     """
 
-    def plain(header: str, fill: Callable[[Line], str]) -> Column:
-        return Column(header, "right", lambda line: Text(fill(line)))
-
-    def named(key: str, fill: Callable[[Line], str] | None = None, align: Align = "left") -> Column:
-        return Column(key, align, lambda line: Text(fill(line) if fill else line.text(key)), names=True)
+    def named(key: str, fill: Callable[[Line], str] | None = None, align: Align = "left") -> Column[Line]:
+        return plain(key, fill or (lambda line: line.text(key)), align, names=True)
 
     found = [
         named("student", lambda line: "teacher" if line.is_teacher else line.text("student")),
@@ -67,7 +42,7 @@ def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[C
         *(_scores(section, metric, i == 0, full) for i, metric in enumerate(section.metrics)),
         plain("images/s" if full else "img/s", lambda line: si(line.mean("images_per_second"))),
     ]
-    cost = plain("MACs/image" if full else "MACs", lambda line: si(line.mean("macs_per_image")))
+    cost: Column[Line] = plain("MACs/image" if full else "MACs", lambda line: si(line.mean("macs_per_image")))
     if not full:
         return [*found, cost, plain("images", lambda line: si(line.mean("images_total"))), plain("n", count)]
     return [
@@ -98,7 +73,7 @@ def _batches(line: Line) -> str:
     return f"{sides[0] or '?'}×{sides[1]}"
 
 
-def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column:
+def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column[Line]:
     """A metric's column; the ``first`` one also says what failed or is missing, and with ``full`` why."""
     column = metric.column
     places = decimals(line.scores[column].mean for line in section.lines if column in line.scores)
@@ -121,18 +96,14 @@ def markdown(results: Results) -> str:
     Raises:
         UserError: when one column mixes protocols, here and in every function below.
     """
-    from tabulate import tabulate
-
     parts = sections(results)
     extra = varying(parts)
     page = [f"# {markdown_text(results.get('suite', 'results'))}", ""]
     for section in parts:
-        shown = columns(section, extra)
-        rows = [[_markdown(column.fill(line)) for column in shown] for line in section.lines]
-        headers = [markdown_text(column.header) for column in shown]
-        align = [column.align for column in shown]
-        table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+        table = markdown_table(columns(section, extra), section.lines)
         page += [f"## {markdown_text(section.dataset)}, teacher {markdown_text(section.teacher)}", "", table, ""]
+        if found := verdicts(section):
+            page += [f"### {TITLE}", "", markdown_table(verdict_columns(found, extra), found), ""]
     page += [f"- {markdown_text(note)}" for note in [*notes(results, parts), *_made(results)]]
     return "\n".join(page) + "\n"
 
@@ -145,10 +116,6 @@ def _made(results: Results) -> list[str]:
     said += [f"in {len(runs)} runs"] if len(runs) > 1 else []
     said += [f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"] if commits else []
     return [", ".join(said)] if said else []
-
-
-def _markdown(cell: Text) -> str:
-    return f"**{markdown_text(cell.text)}**" if cell.bold else markdown_text(cell.text)
 
 
 _LATEX = {
@@ -196,6 +163,7 @@ def as_json(results: Results) -> str:
             "teacher": section.teacher,
             "metrics": [asdict(metric) for metric in section.metrics],
             "lines": [_line(line) for line in section.lines],
+            "verdicts": [verdict.data() for verdict in verdicts(section)],
         }
         for section in parts
     ]
@@ -218,7 +186,7 @@ def _line(line: Line) -> dict[str, Any]:
 def terminal(results: Results, width: int | None = 110, colour: bool = False) -> str:
     """The compact tables and their footnotes as text, with ANSI styles if ``colour``; None for ``width`` is no limit.
 
-    Nothing in a table is cut or wrapped: one that is wider stands in blocks below each other, see :func:`blocks`.
+    Nothing in a table is cut or wrapped: one that is wider stands in blocks below each other, see ``blocks``.
     """
     import io
 
@@ -234,7 +202,11 @@ def terminal(results: Results, width: int | None = 110, colour: bool = False) ->
     for section in parts:
         console.print(Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold")))
         for shown in blocks(columns(section, varying(parts), full=False), section.lines, width):
-            console.print(_rich(section, shown))
+            console.print(_rich(shown, section.lines, _group, lambda line: "dim" if line.is_teacher else ""))
+        if found := verdicts(section):
+            console.print(Styled(TITLE, style="bold"))
+            for part in blocks(verdict_columns(found, varying(parts)), found, width):
+                console.print(_rich(part, found, lambda verdict: _group(verdict.line)))
     footnotes = Table.grid(padding=(0, 1))
     for note in notes(results, parts):
         footnotes.add_row(Styled("·", style="dim"), Styled(note, style="dim"))
@@ -243,31 +215,14 @@ def terminal(results: Results, width: int | None = 110, colour: bool = False) ->
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-def blocks(shown: Sequence[Column], lines: Sequence[Line], width: int | None) -> list[list[Column]]:
-    """Columns so divided that each block fits in ``width``, all of them beginning with those that name a line.
-
-    One block holds everything where that fits, and where the names beside another column do not.
-    """
-    # beside its text a column takes a blank and a border, and the table begins with one
-    sizes = [column.width(lines) + 2 for column in shown]
-    names = [column for column in shown if column.names]
-    named = 1 + sum(size for column, size in zip(shown, sizes, strict=True) if column.names)
-    rest = [(column, size) for column, size in zip(shown, sizes, strict=True) if not column.names]
-    most = max((size for _, size in rest), default=0)
-    if width is None or 1 + sum(sizes) <= width or named + most > width:
-        return [list(shown)]
-    found: list[list[Column]] = []
-    left = 0
-    for column, size in rest:
-        if size > left:
-            found.append([*names])
-            left = width - named
-        found[-1].append(column)
-        left -= size
-    return found
+def _group(line: Line) -> Any:
+    """What lines between two rules have in common."""
+    return line.is_teacher or line["nfe"]
 
 
-def _rich(section: Section, shown: Sequence[Column]) -> Table:
+def _rich(
+    shown: Sequence[Column[T]], lines: Sequence[T], group: Callable[[T], Any], style: Callable[[T], str] = lambda _: ""
+) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text as Styled
@@ -275,10 +230,9 @@ def _rich(section: Section, shown: Sequence[Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     for column in shown:
         table.add_column(Styled(column.header), justify=column.align, no_wrap=True)
-    for line, after in zip(section.lines, [*section.lines[1:], None], strict=True):
-        group = [one and (one.is_teacher or one["nfe"]) for one in (line, after)]
-        style = "dim" if line.is_teacher else ""
-        table.add_row(*(_styled(column.fill(line)) for column in shown), style=style, end_section=group[0] != group[1])
+    for line, after in zip(lines, [*lines[1:], None], strict=True):
+        ends = after is None or group(line) != group(after)
+        table.add_row(*(_styled(column.fill(line)) for column in shown), style=style(line), end_section=ends)
     return table
 
 
