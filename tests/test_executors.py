@@ -343,6 +343,27 @@ def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: p
     assert not Local(LocalOptions(workers=9), Site(tmp_path, "cuda:0", ("GPU-a",))).hint
 
 
+@pytest.mark.parametrize(("asked", "given"), [(None, "4"), ("2", "2")])
+def test_workers_that_share_gpus_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str
+) -> None:
+    monkeypatch.setattr("o2mkd_bench.executors.local._cores", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    seen: list[dict[str, str]] = []
+    start = subprocess.Popen
+
+    def started(*args: Any, env: dict[str, str], **more: Any) -> Any:
+        seen.append(env)
+        return start([sys.executable, "-c", ""], **more)
+
+    monkeypatch.setattr("o2mkd_bench.executors.local.subprocess.Popen", started)
+    with closing(Local(LocalOptions(workers=4), Site(tmp_path, "cuda:0", ("GPU-a", "GPU-b")))) as local:
+        assert local.place(Task(0, (), (), alone=False))
+    assert [(env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]) for env in seen] == [("GPU-a", given)]
+
+
 def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"local: wrkers: it has no such option; did .*\? \(options: workers\)"):
         choose(session(GRID, tmp_path), Placement(options={"wrkers": 2}), False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -72,6 +73,21 @@ def test_every_slice_of_cifar_is_a_part_of_its_grid(monkeypatch: pytest.MonkeyPa
         assert meant or "seed=0" in command, command
         reached |= meant
     assert reached == {i for i, cell in enumerate(labels) if cell["student"]}
+
+
+def test_a_slice_that_is_cut_still_gives_a_table(tmp_path: Path) -> None:
+    program, said = tmp_path / "bin" / "o2mkd-bench", tmp_path / "said"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >>{said}\n[ "$1" != run ]\n', encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / "warm").touch()
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "WORK": str(tmp_path)}
+    environment |= {"OUT": str(tmp_path / "out"), "SEEDS": "0 1"}
+    script = ["bash", str(ROOT / "results" / "cifar" / "run.sh"), "headline-quarter"]
+    assert subprocess.run(script, env=environment, capture_output=True, check=False).returncode == 1
+    calls = [shlex.split(line) for line in said.read_text(encoding="utf-8").splitlines()]
+    cut, anew = (next(call[1:] for call in calls if call[0] == name and "--only" in call) for name in ("run", "report"))
+    assert cut == [*anew, "--workers", "2"]
 
 
 @pytest.mark.parametrize("name", ["knobs", "restart"])

@@ -139,9 +139,11 @@ def narrow(network: nn.Module, dtype: torch.dtype, where: str) -> nn.Module:
 
 def _cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """A copy on the CPU, in ``dtype`` where it is floating; UserError, beginning with ``what``, when that overflows."""
+    # one transfer of each: a device in use answers late, and a network has hundreds
+    own = tensor.detach().cpu()
     # a copy, because safetensors refuses tensors that share memory
-    found = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-    if tensor.is_floating_point() and not torch.equal(found.isfinite(), tensor.detach().isfinite().cpu()):
+    found = own.to(dtype if own.is_floating_point() else own.dtype, copy=True)
+    if own.is_floating_point() and not torch.equal(found.isfinite(), own.isfinite()):
         raise UserError(f"{what} do not fit into {dtype}; store the weights as torch.float32")
     return found.contiguous()
 

@@ -51,7 +51,7 @@ class Local(Executor):
 
     @property
     def hint(self) -> str:
-        busy, cores = len(self._slots) * threads(), int(machine_record()["cores"])
+        busy, cores = len(self._slots) * threads(), _cores()
         if self.site.devices or busy <= cores:
             return ""
         return (
@@ -106,6 +106,8 @@ class Local(Executor):
         environment = dict(os.environ)
         if slot.gpu:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
+            # on the CPU the number of threads decides bits and is left to whoever asks; here more than cores only wait
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(self._slots))))
         call = [sys.executable, "-P", *_flags(), "-m", "o2mkd_bench.executors.worker", str(theirs.fileno())]
         # a group of its own: Ctrl-C reaches the run alone, and what a worker has started ends with it
         paths = [*self.site.path, *filter(None, [environment.get("PYTHONPATH")])]
@@ -159,6 +161,10 @@ class Local(Executor):
     def close(self) -> None:
         for slot in self._slots:
             self._buried(slot)
+
+
+def _cores() -> int:
+    return int(machine_record()["cores"])
 
 
 def _link(slot: Slot) -> Connection:

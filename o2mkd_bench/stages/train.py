@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.intervals import Interval, Law
+from ..core.models import ModelFamily
 from ..core.plan import Stage
 from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
@@ -75,8 +78,14 @@ def write_denoiser(stage: Stage, bench: Bench, draft: Draft, member: Member) -> 
 
 def cost(bench: Bench, about: Mapping[str, Any]) -> Cost:
     """Parameters and MACs of a network, from what its artifact says of it."""
-    config = about["config"]
-    return network_cost(bench.family(about), config, config["in_channels"], config["sample_size"])
+    return _counted(type(bench.family(about)), json.dumps(about["config"], sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _counted(family: type[ModelFamily], config: str) -> Cost:
+    # experts that end together are of one architecture
+    known = json.loads(config)
+    return network_cost(family(), known, known["in_channels"], known["sample_size"])
 
 
 def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:

@@ -126,13 +126,15 @@ wanted() {
 }
 
 # slice NAME SECONDS SUITE ARGUMENT...: print its command, and run it if it is asked for
-found=0 failed=0
+# crew: processes that share the GPU, where it is more than one
+found=0 failed=0 crew=''
 slice() {
   local name=$1 seconds=$2 file=$3 begun left status
   shift 3
   wanted "$name" || return 0
   found=1
-  local command=(o2mkd-bench run "$file" "$@" --store "$store" --out "$work/slices/$name")
+  local ends=(--store "$store" --out "$work/slices/$name")
+  local command=(o2mkd-bench run "$file" "$@" "${ends[@]}" ${crew:+--workers "$crew"})
   echo "# $name: about $seconds s"
   shown "${command[@]}"
   [[ $listing ]] && return 0
@@ -147,7 +149,7 @@ slice() {
   if ((status)); then
     failed=1
     # what it had finished by then
-    o2mkd-bench report "$file" "$@" --store "$store" --out "$work/slices/$name" >/dev/null
+    o2mkd-bench report "$file" "$@" "${ends[@]}" >/dev/null
   fi
   mkdir -p "$out"
   printf '%s\t%s\t%s s\tstatus %s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$name" $((SECONDS - begun)) "$status" \
@@ -199,8 +201,8 @@ main() {
   local seconds=$1 name=$2
   shift 2
   # the ladder of the teacher is a slice of its own
-  slice "$name" "$seconds" "$suite" "$@" --only seed="$(comma $seeds)" --set speed.enabled=false \
-    --set sampling.teacher_steps=[] --workers "$workers"
+  crew=$workers slice "$name" "$seconds" "$suite" "$@" --only seed="$(comma $seeds)" --set speed.enabled=false \
+    --set sampling.teacher_steps=[]
 }
 
 slices() {
