@@ -104,6 +104,7 @@ if [[ ${REHEARSE:-} && ${1:-} != list ]]; then
   suite=$work/suite.yaml tuning=$work/tuning.yaml out=${OUT:-$work/results}
 fi
 workers=${WORKERS:-$(wc -w <<<"$seeds")}
+cores=$(nproc)
 store=$work/store
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton
 
@@ -174,6 +175,8 @@ warm() {
   # nobody asks what this teacher scores
   [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
   local begun=$SECONDS student method name done=yes
+  # threads that wait for each other spin, and with more of them than cores each waits for all
+  local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / 4 + 1))}
   local -A pids=()
   for student in $students; do
     for method in "${!methods[@]}"; do
