@@ -90,7 +90,7 @@ def test_a_slice_that_is_cut_still_gives_a_table(tmp_path: Path) -> None:
     assert cut == [*anew, "--workers", "2"]
 
 
-@pytest.mark.parametrize("name", ["knobs", "restart"])
+@pytest.mark.parametrize("name", ["cifar", "knobs", "restart"])
 def test_a_mean_and_its_spread_in_a_readme_stand_in_the_results_beside_it(name: str) -> None:
     spread = re.compile(r"\d+\.\d+ ± \d+\.\d+")
     told, there = (set(spread.findall((ROOT / "results" / name / file).read_text("utf-8"))) for file in PAGES)
