@@ -273,6 +273,10 @@ def _denoisers(session: Session, cell: Cell) -> Iterable[tuple[str, ...]]:
         yield f"`denoiser/{k}`", str(interval), str(cell.calls[k]), network, si(cost["params"]), about[k]["prediction"]
 
 
+# of a protocol: what has a column, and hashes, which results.json has
+_TOLD = ("network", "sha256", "images", "reference", "reference_images", "reference_hash")
+
+
 def _scores(results: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     """A table with the columns' own names, and what they were measured with."""
     lines = []
@@ -282,9 +286,12 @@ def _scores(results: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
             known = entry["protocol"] or {}
             against = f"{known.get('reference')} ({known.get('reference_images')} images)"
             better = "higher" if entry["higher_is_better"] else "lower"
-            line = (f"`{entry['column']}`", f"{value:.6g}", better, known.get("network"), known.get("images"), against)
-            lines.append(tuple(map(str, line)))
-    found = [_grid(("column", "score", "better", "feature network", "images", "against"), lines)] if lines else []
+            rest = (f"{key} {told}" for key, told in known.items() if key not in _TOLD and told not in (None, ""))
+            line = (f"{value:.6g}", better, known.get("network"), known.get("images"), against, "; ".join(rest))
+            lines.append((f"`{entry['column']}`", *map(markdown_text, line)))
+    found = (
+        [_grid(("column", "score", "better", "feature network", "images", "against", "how"), lines)] if lines else []
+    )
     return found + ([f"Not measured: {markdown_text(row['reason'])}."] if row["reason"] else [])
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ from results_factory import make, row
 from toy import Events, session, suite, walk_of
 
 from o2mkd_bench import execute
-from o2mkd_bench.core.errors import NetworkUnavailable, UserError
+from o2mkd_bench.core.errors import NetworkUnavailable, PluginError, UserError
 from o2mkd_bench.core.plan import Cell, Expectation, Plan, Stage
+from o2mkd_bench.core.plugins import registry
+from o2mkd_bench.core.session import prepare
 from o2mkd_bench.core.status import Survey
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.core.suite import load
@@ -89,6 +92,17 @@ def test_a_mistake_is_one_sentence_with_its_line(tmp_path, old, new, told):
     with pytest.raises(UserError) as caught:
         load(path)
     assert str(caught.value).startswith(f"{path}:{told}")
+
+
+@pytest.mark.parametrize("columns", [None, lambda options: ("a",), lambda options, dataset: 1 / 0])
+def test_a_metric_that_does_not_say_its_columns_is_refused_with_the_plan(tmp_path, monkeypatch, columns):
+    fid = registry().get("metrics", "fid")
+    traits = {**fid.traits, "columns": columns} if columns else {k: v for k, v in fid.traits.items() if k != "columns"}
+    monkeypatch.setitem(registry()._plugins, ("metrics", "fid"), [replace(fid, traits=traits)])
+    path = tmp_path / "x.yaml"
+    path.write_text(TEXT)
+    with pytest.raises(PluginError, match="metrics: (columns of )?plugin metrics:fid"):
+        prepare(load(path), tmp_path / "store")
 
 
 def test_its_steps_are_labels_that_rules_may_name(tmp_path):

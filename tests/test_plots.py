@@ -235,6 +235,13 @@ def test_errors_have_a_panel_a_method_and_a_line_a_student(drawn: Callable[..., 
     assert "change of expert" in legend(figure)
 
 
+def test_errors_of_several_budgets_are_panels_apart(drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "none", "single", steps=5, seed=0, budget=budget) for budget in ("16k", "64k")]
+    figure = drawn(per_timestep, {**make(seeds=(0,)), "rows": rows})
+    assert [axes.get_title() for axes in figure.axes] == [f"digits · small · none · {b}" for b in ("16k", "64k")]
+    assert [len(curves(axes)) for axes in figure.axes] == [1, 1]
+
+
 def test_errors_are_the_mean_over_seeds(drawn: Callable[..., Figure]) -> None:
     rows = [
         row("half", "none", "single", steps=5, seed=seed, probe={"t": [10, 20], "error": error})

@@ -366,10 +366,8 @@ def _check_expected(suite: Suite, problems: Problems) -> None:
         if teacher.expect is None:
             continue
         path, expect = ("teachers", number, "expect"), teacher.expect
-        # what declares no columns is refused when the suite is planned
-        known = [(use.plugin.traits.get("columns", lambda *_: ()), use.options) for use in suite.metrics]
-        columns = [column for give, options in known for column in give(options, names[teacher.dataset])]
-        if expect.column not in columns:
+        columns = _columns(suite, names[teacher.dataset])
+        if columns is not None and expect.column not in columns:
             text = f"no metric of this suite gives {expect.column!r}{near(expect.column, columns)}"
             problems.add((*path, "column"), f"{text} (known: {', '.join(columns)})")
         use = samplers.get(expect.sampler)
@@ -379,6 +377,15 @@ def _check_expected(suite: Suite, problems: Problems) -> None:
         elif use.plugin.load().needs_rounds:
             text = f"{expect.sampler!r} trains students of its own; name a sampler that draws from the teacher"
             problems.add((*path, "sampler"), text)
+
+
+def _columns(suite: Suite, dataset: str) -> list[str] | None:
+    """The columns that the metrics fill; None where one does not say, which is refused when the suite is planned."""
+    try:
+        known = [use.plugin.traits["columns"](use.options, dataset) for use in suite.metrics]
+        return [str(column) for columns in known for column in columns]
+    except Exception:
+        return None
 
 
 def _check_rules(suite: Suite, problems: Problems) -> None:

@@ -174,15 +174,19 @@ def _drawn_by(look: tuple[Any, str]) -> dict[str, Any]:
 
 
 def per_timestep(results: Results, path: Path) -> None:
-    """The students' error against the teacher over training timesteps (log); a panel a dataset, teacher and method.
+    """The students' error against the teacher over training timesteps (log).
+
+    A panel a dataset, teacher, method, and budget where there are several.
 
     Colour: wrapper, with open circles for a baseline; dashes: student; the mean over seeds where there are several.
     Dashed vertical lines: where one expert hands over to the next.
     """
     probed = [line for line in lines(results) if line["probe"] and line["probe"].get("t")]
     groups: defaultdict[tuple[str, ...], list[Line]] = defaultdict(list)
+    several = len({line["budget"] for line in probed}) > 1
     for line in probed:
-        groups[line.text("dataset"), line.text("teacher"), line.text("method")].append(line)
+        key = ("dataset", "teacher", "method", *(["budget"] if several else []))
+        groups[tuple(map(line.text, key))].append(line)
     looks = _looks(probed, "wrapper", ("student", DASHES))
     with panels(max(len(groups), 1), path, sharey=len({key[0] for key in groups}) == 1) as (figure, every):
         if not groups:

@@ -1,6 +1,13 @@
-"""The contract of executors, on jobs that are processes of this machine."""
+"""The contract of executors, on jobs that are processes of this machine; and what a scheduler does to one."""
 
 # ruff: noqa: RUF012 - a contract's attributes are never changed
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from o2mkd_bench.testing import ExecutorContract
 
@@ -9,3 +16,34 @@ class TestSlurm(ExecutorContract):
     name = "slurm"
     options = {"cluster": "local", "jobs": 2}
     patience = 80.0
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from o2mkd_bench_slurm import job
+
+class Worker:
+    def __init__(self, site, observer): pass
+    def make(self, task):
+        print("at work", flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("kept", flush=True)
+            raise
+
+job.Worker = Worker
+folder = Path(sys.argv[1])
+job.make(None, None, folder / "said", folder / "stop")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_told_to_end_keeps_its_checkpoints(tmp_path: Path, number: int) -> None:
+    call = [sys.executable, "-c", JOB, str(tmp_path)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as job:
+        assert job.stdout.readline() == "at work\n"
+        job.send_signal(number)
+        assert job.stdout.read() == "kept\n"
+    assert job.returncode != 0

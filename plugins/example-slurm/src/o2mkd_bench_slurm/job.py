@@ -22,7 +22,9 @@ def make(site: Site, task: Task, said: Path, stop: Path) -> Outcome:
 
     Pickles are read by the run that has written this job, and by nobody else.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # scancel and preemption send SIGTERM some seconds before SIGKILL: enough for checkpoints
+    for told in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(told, signal.default_int_handler)
     threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     with said.open("ab", buffering=0) as file:
 
