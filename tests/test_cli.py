@@ -366,6 +366,18 @@ def test_report_of_a_folder_takes_no_options_of_a_suite(there: Finished, call: C
     assert one_line(err).startswith("error: results/tiny is a folder of results")
 
 
+def test_report_against_a_label_needs_seeds_and_a_table(there: Finished, call: Call) -> None:
+    code, out, err = call("report", "results/tiny", "--against", "wrapper=single")
+    assert (code, out) == (0, call("report", "results/tiny").out)
+    assert one_line(err).startswith("--against wrapper=single: no line has two seeds in common")
+    code, _, err = call("report", "results/tiny", "--against", "wrapper=single", "--format", "csv")
+    assert code == 2
+    assert one_line(err) == "error: --against says nothing in csv; use --format table, md or json"
+    code, _, err = call("report", "results/tiny", "--against", "wrapper=none")
+    assert code == 2
+    assert one_line(err).startswith("error: --against wrapper=none: no student has that wrapper")
+
+
 def test_compare_two_folders(there: Finished, call: Call) -> None:
     code, out, _ = call("compare", "results/tiny", "results/tiny")
     assert code == 0

@@ -101,7 +101,7 @@ def test_a_metric_that_does_not_say_its_columns_is_refused_with_the_plan(tmp_pat
     monkeypatch.setitem(registry()._plugins, ("metrics", "fid"), [replace(fid, traits=traits)])
     path = tmp_path / "x.yaml"
     path.write_text(TEXT)
-    with pytest.raises(PluginError, match="metrics: (columns of )?plugin metrics:fid"):
+    with pytest.raises(PluginError, match=r"metrics: (columns of )?plugin metrics:fid"):
         prepare(load(path), tmp_path / "store")
 
 

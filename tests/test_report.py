@@ -23,7 +23,7 @@ from o2mkd_bench.report.lines import lines, sections
 from o2mkd_bench.report.notes import NO_SPREAD
 from o2mkd_bench.report.tables import as_json, latex, markdown, terminal
 from o2mkd_bench.report.text import decimals, finite, listed, markdown_text, shared, si, si_listed, spread
-from o2mkd_bench.report.verdicts import RULE, TITLE
+from o2mkd_bench.report.verdicts import BASELINES, RULE, Beside
 from o2mkd_bench.report.write import read, write
 
 Document = dict[str, Any]
@@ -36,9 +36,9 @@ def of(rows: list[dict[str, Any]], **changes: Any) -> Document:
 def scored(wrapper: str, *scores: float, **changes: Any) -> list[dict[str, Any]]:
     """One cell with a seed for each of ``scores``."""
     column = changes.pop("column", "fd_digits")
-    steps = changes.pop("steps", 10)
+    steps, method = changes.pop("steps", 10), changes.pop("method", "output")
     return [
-        row("half", "output", wrapper, steps=steps, seed=seed, **{"scores": {column: score}, **changes})
+        row("half", method, wrapper, steps=steps, seed=seed, **{"scores": {column: score}, **changes})
         for seed, score in enumerate(scores)
     ]
 
@@ -62,7 +62,7 @@ def table_of(page: str) -> list[dict[str, str]]:
 
 def judged(results: Document) -> list[dict[str, str]]:
     """The table of verdicts in the Markdown page, one dict a row; nothing where there is none."""
-    _, found, rest = markdown(results).partition(f"### {TITLE}")
+    _, found, rest = markdown(results).partition(f"### {BASELINES.title}")
     return table_of(rest) if found else []
 
 
@@ -322,7 +322,7 @@ def test_nothing_is_said_of_one_seed_or_of_another_cell() -> None:
     assert not judged(of([*scored("o2mkd-4", 10.0, 11.0), *other]))
     twice = [*scored("o2mkd-4", 10.0, 11.0), *scored("o2mkd-4", 20.0, 21.0), *scored("single", 13.0, 14.0, **BASE)]
     page = markdown(of(twice))
-    assert TITLE not in page
+    assert BASELINES.title not in page
     assert RULE not in page
 
 
@@ -346,8 +346,53 @@ def test_one_baseline_of_several_and_several_of_one() -> None:
 
 def test_each_score_has_its_verdict() -> None:
     assert all("score" not in line for line in judged(wide()))
-    _, _, second = markdown(wide()).rpartition(f"### {TITLE}")
+    _, _, second = markdown(wide()).rpartition(f"### {BASELINES.title}")
     assert {line["score"] for line in table_of(second)} == {"fid ↓", "is ↑"}
+
+
+def test_every_line_may_be_judged_against_one_that_is_named() -> None:
+    results = of(
+        [
+            *scored("single", 13.0, 14.0),
+            *scored("o2mkd-4", 10.0, 11.0),
+            *scored("o2mkd-2", 15.0, 16.0),
+            *scored("o2mkd-4", 1.0, 2.0, steps=20, nfe=20),
+            *scored("single", 9.0, 9.0, method="none"),
+            *scored("o2mkd-4", 9.0, 9.0, method="none"),
+        ]
+    )
+
+    def found(text: str) -> list[tuple[str, str, str]]:
+        tables = json.loads(as_json(results, Beside.parse(text, results)))["tables"]
+        return [(one["method"], one["wrapper"], one["verdict"]) for one in tables[0]["verdicts"]]
+
+    assert found("wrapper=single") == [
+        ("none", "o2mkd-4", "undecided"),
+        ("output", "o2mkd-2", "worse"),
+        ("output", "o2mkd-4", "better"),
+    ]
+    assert found("method=none") == [("output", "o2mkd-4", "worse"), ("output", "single", "worse")]
+    assert found("steps=20") == [("output", "o2mkd-4", "worse")]
+    beside = Beside.parse("wrapper=single", results)
+    assert "\nAgainst wrapper single\n" in terminal(results, beside=beside)
+    page = markdown(results, beside)
+    assert "### Against wrapper single" in page
+    assert f"- {RULE}" in page
+    assert "against" not in table_of(page.partition("### ")[2])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("wrapper", r"--against wrapper: give AXIS=LABEL; did you mean 'wrapper'\? \(axes: student, method, "),
+        ("wraper=single", "--against wraper=single: give AXIS=LABEL; did you mean 'wrapper'"),
+        ("dataset=digits", "--against dataset=digits: give AXIS=LABEL"),
+        ("wrapper=singel", r"no student has that wrapper; did you mean 'single'\? \(known: single\)"),
+    ],
+)
+def test_a_line_that_is_not_there_is_one_sentence(text: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Beside.parse(text, of(scored("single", 1.0)))
 
 
 def test_a_bare_document_gives_bare_tables() -> None:
@@ -453,7 +498,7 @@ def wide() -> Document:
 
 def fields(text: str) -> list[list[str]]:
     """What stands in the tables of all cells in ``text``, line by line."""
-    tables = re.sub(rf"^{TITLE}$.*?(?=^\w+  teacher|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    tables = re.sub(rf"^{BASELINES.title}$.*?(?=^\w+  teacher|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     return [re.split(r"  +", line.strip()) for line in tables.splitlines() if line.strip() and line[1] not in "·─ "]
 
 

@@ -46,6 +46,14 @@ def report(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=LABEL",
+            help="Say of every line whether it is better than the one with this label: wrapper=single, method=output.",
+            show_default="each baseline against what it is one of",
+        ),
+    ] = None,
     set_: Sets = None,
     only: Only = None,
     seed: Seed = None,
@@ -58,6 +66,8 @@ def report(
     """
     from ..core.errors import UserError
 
+    if against is not None and format in (Format.csv, Format.latex):
+        raise UserError(f"--against says nothing in {format.value}; use --format table, md or json")
     folders = [path for path in what if path.is_dir() or path.suffix == ".json"]
     if folders:
         if any(given is not None for given in (set_, only, seed, device, store)):
@@ -74,7 +84,7 @@ def report(
     else:
         session = open_session(what[0], store, sets=set_, only=only, seed=seed, device=device)
         document = _assembled(session, out)
-    sys.stdout.write(render(document, format))
+    sys.stdout.write(render(document, format, against))
 
 
 def compare(
@@ -132,27 +142,35 @@ def _folder(path: Path) -> Path:
     return path.parent if path.name == RESULTS else path
 
 
-def render(document: Mapping[str, Any], format: Format) -> str:
+def render(document: Mapping[str, Any], format: Format, against: str | None = None) -> str:
     """The tables as text.
 
     Raises:
-        UserError: when the results mix protocols in one column.
+        UserError: when the results mix protocols in one column, or have nothing that ``against`` names.
     """
     from ..report import tables
+    from ..report.lines import sections
+    from ..report.verdicts import BASELINES, Beside, verdicts
 
+    beside = BASELINES if against is None else Beside.parse(against, document)
+    if against is not None and not any(verdicts(section, beside) for section in sections(document)):
+        print(
+            f"--against {against}: no line has two seeds in common with one that differs in nothing else",
+            file=sys.stderr,
+        )
     match format:
         case Format.csv:
             from ..report.frame import frame
 
             return str(frame(document).to_csv(index=False, lineterminator="\n"))
         case Format.md:
-            return tables.markdown(document)
+            return tables.markdown(document, beside)
         case Format.latex:
             return tables.latex(document)
         case Format.json:
-            return tables.as_json(document)
+            return tables.as_json(document, beside)
         case Format.table:
-            return tables.terminal(document, screen(), colour=coloured())
+            return tables.terminal(document, screen(), colour=coloured(), beside=beside)
 
 
 def coloured() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from .lines import CELL, Line, Metric, Results, Section
 from .teachers import beside, expected
 from .text import decimals, finite, listed, si
-from .verdicts import RULE, verdicts
+from .verdicts import RULE, Beside, verdicts
 
 BASELINE = "†"
 VARIES = ("steps", "budget", "weights", "spacing", "clip", "precision")
@@ -38,14 +38,15 @@ def varying(sections: Sequence[Section]) -> list[str]:
     return found
 
 
-def notes(results: Results, sections: Sequence[Section]) -> list[str]:
-    """Footnotes as plain sentences, the most needed first."""
+def notes(results: Results, sections: Sequence[Section], judged: Beside | None = None) -> list[str]:
+    """Footnotes as plain sentences, the most needed first; ``judged``: what verdicts compare, where they are shown."""
     every = [line for section in sections for line in section.lines]
     found = [*_reading(every), *_protocols(sections), *_references(results, sections), *expected(results)]
     return [
         *found,
         *beside(results, sections),
-        *_baselines(every, sections),
+        *_baselines(every),
+        *([RULE] if judged is not None and any(verdicts(section, judged) for section in sections) else []),
         *_settings(sections),
         *_namesakes(every),
         *_sharing(every),
@@ -133,10 +134,9 @@ def _best_teachers(metric: Metric, sections: Sequence[Section]) -> list[tuple[st
     return found
 
 
-def _baselines(every: Sequence[Line], sections: Sequence[Section]) -> list[str]:
+def _baselines(every: Sequence[Line]) -> list[str]:
     labels = dict.fromkeys(str(label) for line in every for label in line["baseline_of"] or ())
-    named = [f"{BASELINE} baselines: {', '.join(labels)}"] if labels else []
-    return [*named, *([RULE] if any(verdicts(section) for section in sections) else [])]
+    return [f"{BASELINE} baselines: {', '.join(labels)}"] if labels else []
 
 
 def _settings(sections: Sequence[Section]) -> list[str]:

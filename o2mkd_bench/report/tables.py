@@ -11,7 +11,7 @@ from .columns import Align, Column, T, Text, blocks, markdown_table, plain
 from .lines import CELL, Line, Metric, Results, Section, sections
 from .notes import BASELINE, count, notes, si_pair, varying
 from .text import decimals, listed, markdown_text, shared, si, si_listed, spread
-from .verdicts import TITLE, verdicts
+from .verdicts import BASELINES, Beside, verdicts
 from .verdicts import columns as verdict_columns
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column
     return Column(metric.header, "right", fill)
 
 
-def markdown(results: Results) -> str:
-    """All tables as one Markdown page.
+def markdown(results: Results, beside: Beside = BASELINES) -> str:
+    """All tables as one Markdown page; ``beside``: which lines the verdicts compare, here and below.
 
     Raises:
         UserError: when one column mixes protocols, here and in every function below.
@@ -102,9 +102,9 @@ def markdown(results: Results) -> str:
     for section in parts:
         table = markdown_table(columns(section, extra), section.lines)
         page += [f"## {markdown_text(section.dataset)}, teacher {markdown_text(section.teacher)}", "", table, ""]
-        if found := verdicts(section):
-            page += [f"### {TITLE}", "", markdown_table(verdict_columns(found, extra), found), ""]
-    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts), *_made(results)]]
+        if found := verdicts(section, beside):
+            page += [f"### {markdown_text(beside.title)}", "", markdown_table(verdict_columns(found, extra), found), ""]
+    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts, beside), *_made(results)]]
     return "\n".join(page) + "\n"
 
 
@@ -154,7 +154,7 @@ def _tex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def as_json(results: Results) -> str:
+def as_json(results: Results, beside: Beside = BASELINES) -> str:
     """The lines of the tables as JSON text: cells, scores with mean, sd, n and bold, and the footnotes."""
     parts = sections(results)
     tables = [
@@ -163,11 +163,11 @@ def as_json(results: Results) -> str:
             "teacher": section.teacher,
             "metrics": [asdict(metric) for metric in section.metrics],
             "lines": [_line(line) for line in section.lines],
-            "verdicts": [verdict.data() for verdict in verdicts(section)],
+            "verdicts": [verdict.data() for verdict in verdicts(section, beside)],
         }
         for section in parts
     ]
-    document = {"suite": results.get("suite"), "tables": tables, "notes": notes(results, parts)}
+    document = {"suite": results.get("suite"), "tables": tables, "notes": notes(results, parts, beside)}
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -183,7 +183,7 @@ def _line(line: Line) -> dict[str, Any]:
     }
 
 
-def terminal(results: Results, width: int | None = 110, colour: bool = False) -> str:
+def terminal(results: Results, width: int | None = 110, colour: bool = False, beside: Beside = BASELINES) -> str:
     """The compact tables and their footnotes as text, with ANSI styles if ``colour``; None for ``width`` is no limit.
 
     Nothing in a table is cut or wrapped: one that is wider stands in blocks below each other, see ``blocks``.
@@ -203,12 +203,12 @@ def terminal(results: Results, width: int | None = 110, colour: bool = False) ->
         console.print(Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold")))
         for shown in blocks(columns(section, varying(parts), full=False), section.lines, width):
             console.print(_rich(shown, section.lines, _group, lambda line: "dim" if line.is_teacher else ""))
-        if found := verdicts(section):
-            console.print(Styled(TITLE, style="bold"))
+        if found := verdicts(section, beside):
+            console.print(Styled(beside.title, style="bold"))
             for part in blocks(verdict_columns(found, varying(parts)), found, width):
                 console.print(_rich(part, found, lambda verdict: _group(verdict.line)))
     footnotes = Table.grid(padding=(0, 1))
-    for note in notes(results, parts):
+    for note in notes(results, parts, beside):
         footnotes.add_row(Styled("·", style="dim"), Styled(note, style="dim"))
     console.print(Padding(footnotes, (0, 1)), width=width)
     assert isinstance(console.file, io.StringIO)

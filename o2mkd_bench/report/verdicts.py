@@ -1,23 +1,25 @@
-"""Whether several students are better than the one that stands beside them, seed by seed."""
+"""Whether a line is better than the one that stands beside it, seed by seed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from ..core.complaints import near
+from ..core.errors import UserError
 from .columns import Column, plain
-from .lines import CELL, Line, Metric, Section
+from .lines import CELL, Line, Metric, Results, Section, lines
 from .text import decimals, finite, spread
 
-TITLE = "Against one student"
+AXES = tuple(key for key in CELL if key not in ("dataset", "teacher"))
+"""What a line may differ in from the one beside it."""
 RULE = (
-    "against one student, seed by seed: better (worse) where every seed says so and the mean difference exceeds the "
-    "larger of the two standard deviations, else undecided"
+    "verdicts go seed by seed: better (worse) where every seed says so and the mean difference exceeds the larger of "
+    "the two standard deviations, else undecided"
 )
-_REST = tuple(key for key in CELL if key != "wrapper")
 
 Word = Literal["better", "worse", "undecided"]
 
@@ -27,7 +29,7 @@ class Verdict:
     """A cell beside its baseline, in one score of several seeds.
 
     Attributes:
-        rule: what both have in common, such as ``equal_total``.
+        rule: what a baseline has in common with its line, such as ``equal_total``; else empty.
         mine, other: their scores of the seeds that both have, in one order.
     """
 
@@ -74,27 +76,69 @@ class Verdict:
         }
 
 
-def verdicts(section: Section) -> list[Verdict]:
-    """Every line of a section that has a baseline, where both are scored on several seeds, in the order of lines.
+@dataclass(frozen=True)
+class Beside:
+    """What a line is compared with: the one whose ``axis`` is ``label``, all else equal; with no axis its baseline."""
+
+    axis: str = ""
+    label: str = ""
+
+    @classmethod
+    def parse(cls, text: str, results: Results) -> Beside:
+        """What ``AXIS=LABEL`` means.
+
+        Raises:
+            UserError: for an axis that there is not, or a label that no line of ``results`` has.
+        """
+        axis, given, label = text.partition("=")
+        if not given or axis not in AXES:
+            raise UserError(f"--against {text}: give AXIS=LABEL{near(axis, AXES)} (axes: {', '.join(AXES)})")
+        known = list(dict.fromkeys(line.text(axis) for line in lines(results) if not line.is_teacher))
+        if label not in known:
+            listed = ", ".join(filter(None, known)) or "none"
+            raise UserError(f"--against {text}: no student has that {axis}{near(label, known)} (known: {listed})")
+        return cls(axis, label)
+
+    @property
+    def title(self) -> str:
+        return f"Against {self.axis} {self.label}" if self.axis else "Against one student"
+
+    def pairs(self, section: Section) -> Iterator[tuple[Line, Line, str]]:
+        """Lines, what stands beside each, and by which rule; of several of one name nobody knows which is meant."""
+        students = [line for line in section.lines if not line.is_teacher]
+        axis = self.axis or "wrapper"
+        named: defaultdict[tuple[Any, ...], list[Line]] = defaultdict(list)
+        for line in students:
+            named[_key(line, axis, line.text(axis))].append(line)
+        if self.axis:
+            for line in students:
+                found = named[_key(line, axis, self.label)]
+                if len(found) == 1 and found[0] is not line:
+                    yield line, found[0], ""
+            return
+        for baseline in students:
+            for told in baseline["baseline_of"] or ():
+                rule, _, wrapper = str(told).partition(" of ")
+                found = named[_key(baseline, axis, wrapper)]
+                if len(found) == 1:
+                    yield found[0], baseline, rule
+
+
+BASELINES = Beside()
+
+
+def verdicts(section: Section, beside: Beside = BASELINES) -> list[Verdict]:
+    """Every line of a section beside another, where both are scored on several seeds, in the order of lines.
 
     One seed says nothing.
     """
-    named: defaultdict[tuple[Any, ...], list[Line]] = defaultdict(list)
-    for line in section.lines:
-        named[_key(line, line["wrapper"])].append(line)
-    found = []
-    for baseline in section.lines:
-        for label in baseline["baseline_of"] or ():
-            rule, _, wrapper = str(label).partition(" of ")
-            # of several under one name nobody knows whose baseline it is
-            lines = named[_key(baseline, wrapper)]
-            found += _compared(lines[0], baseline, rule, section.metrics) if len(lines) == 1 else []
+    found = [one for pair in beside.pairs(section) for one in _compared(*pair, section.metrics)]
     places = {id(line): place for place, line in enumerate(section.lines)}
     return sorted(found, key=lambda verdict: places[id(verdict.line)])
 
 
-def _key(line: Line, wrapper: Any) -> tuple[Any, ...]:
-    return (*(line[key] for key in _REST), wrapper)
+def _key(line: Line, axis: str, label: str) -> tuple[str, ...]:
+    return (*(line.text(key) for key in CELL if key != axis), label)
 
 
 def _compared(line: Line, baseline: Line, rule: str, metrics: Sequence[Metric]) -> list[Verdict]:
@@ -123,7 +167,7 @@ def columns(found: Sequence[Verdict], extra: Sequence[str]) -> list[Column[Verdi
     several = len({verdict.metric.column for verdict in found}) > 1
     return [
         *(named(key) for key in ("student", "method", "wrapper")),
-        plain("against", _against, "left", names=True),
+        *([plain("against", _against, "left", names=True)] if any(verdict.rule for verdict in found) else []),
         *(named(key) for key in ("sampler", *extra)),
         plain("NFE", lambda verdict: verdict.line.text("nfe"), names=True),
         *([plain("score", lambda verdict: verdict.metric.header, "left", names=True)] if several else []),
