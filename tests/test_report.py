@@ -299,7 +299,8 @@ def test_a_verdict_gives_the_difference_and_its_share() -> None:
     assert f"- {RULE}" in markdown(results)
     (verdict,) = json.loads(as_json(results))["tables"][0]["verdicts"]
     assert verdict["differences"] == [-2.0, -3.0]
-    assert (verdict["baseline"], verdict["rule"], verdict["relative"]) == ("single", "equal_total", -0.2)
+    assert (verdict["wrapper"], verdict["against"]) == ("o2mkd-4", {"wrapper": "single"})
+    assert (verdict["rule"], verdict["relative"]) == ("equal_total", -0.2)
     assert "better" in terminal(results)
 
 

@@ -26,7 +26,7 @@ Word = Literal["better", "worse", "undecided"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A cell beside its baseline, in one score of several seeds.
+    """A line beside another, its baseline, in one score of several seeds.
 
     Attributes:
         rule: what a baseline has in common with its line, such as ``equal_total``; else empty.
@@ -63,10 +63,10 @@ class Verdict:
         return "undecided"
 
     def data(self) -> dict[str, Any]:
-        """As JSON data: what a program needs to find both lines, and what is said of them."""
+        """As JSON data: the line, what its baseline has in place of what it has, and what is said of them."""
         return {
             **{key: self.line[key] for key in CELL},
-            "baseline": self.baseline["wrapper"],
+            "against": {key: self.baseline[key] for key in CELL if self.baseline[key] != self.line[key]},
             "rule": self.rule,
             "column": self.metric.column,
             "differences": list(self.differences),

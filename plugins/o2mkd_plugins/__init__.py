@@ -78,7 +78,7 @@ def register_wrappers(register: Register) -> None:
         options=O2MKDOptions,
         version="2",
         paper="arXiv 2410.04191",
-        summary="K students, one an interval of timesteps",
+        summary="K students, one an interval of timesteps, by a rule, by edges, or auto",
     )
 
 
