@@ -26,8 +26,8 @@ from o2mkd_bench_slurm import job
 class Worker:
     def __init__(self, site, observer): pass
     def make(self, task):
-        print("at work", flush=True)
         try:
+            print("at work", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("kept", flush=True)
