@@ -112,7 +112,7 @@ def make(
     for student in students:
         for n in steps:
             rows += [row(student, m, w, steps=n, seed=s) for m in methods for w in wrappers for s in seeds]
-            base = {"role": "baseline", "baseline_of": ["equal_total of o2mkd-2"], "images_total": 100_000}
+            base = {"role": "baseline", "baseline_of": ["equal_total of o2mkd-2"]}
             longer = [row(student, "output", "single (total of o2mkd-2)", steps=n, seed=s, **base) for s in seeds]
             for found in longer:
                 found["scores"] = {column: 0.93 * value for column, value in found["scores"].items()}

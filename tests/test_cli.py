@@ -373,6 +373,10 @@ def test_report_against_a_label_needs_seeds_and_a_table(there: Finished, call: C
     code, _, err = call("report", "results/tiny", "--against", "wrapper=single", "--format", "csv")
     assert code == 2
     assert one_line(err) == "error: --against says nothing in csv; use --format table, md or json"
+    code, _, err = call("report", "results/tiny", "--against", "wrapper=single", "--out", "results/other")
+    assert code == 2
+    assert one_line(err) == "error: --against is printed and never written; leave --out away"
+    assert not Path("results/other").exists()
     code, _, err = call("report", "results/tiny", "--against", "wrapper=none")
     assert code == 2
     assert one_line(err).startswith("error: --against wrapper=none: no student has that wrapper")

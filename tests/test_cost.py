@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_models import CIFAR
@@ -9,6 +11,7 @@ from torch import nn
 
 from o2mkd_bench.core.models import ModelFamily
 from o2mkd_bench.engine.cost import network_cost
+from o2mkd_bench.stages import train
 from o2mkd_plugins.models.unet2d import UNet2D
 
 FAMILY = UNet2D()
@@ -59,3 +62,17 @@ def test_counting_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     network_cost(FAMILY, FAMILY.student_config(CIFAR, {"width": 0.125}, "s"), channels=3, size=32)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_experts_of_one_architecture_are_counted_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        train, "network_cost", lambda family, config, *_: asked.append(config) or {"params": 1, "macs": 2}
+    )
+    train._counted.cache_clear()
+    bench = SimpleNamespace(family=lambda about: FAMILY)
+    config = {"in_channels": 3, "sample_size": 8}
+    for width in (1, 1, 2, 1):
+        assert train.cost(bench, {"config": {**config, "width": width}}) == {"params": 1, "macs": 2}
+    train._counted.cache_clear()
+    assert [found["width"] for found in asked] == [1, 2]

@@ -333,7 +333,7 @@ def test_several_gpus_are_a_worker_each(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("o2mkd_bench.executors.local.machine_record", lambda: {"cores": 4})
+    monkeypatch.setattr("o2mkd_bench.executors.local.cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     site = Site(tmp_path, "cpu")
     said = Local(LocalOptions(workers=2), site).hint
@@ -347,7 +347,7 @@ def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: p
 def test_workers_that_share_gpus_share_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str
 ) -> None:
-    monkeypatch.setattr("o2mkd_bench.executors.local._cores", lambda: 16)
+    monkeypatch.setattr("o2mkd_bench.executors.local.cores", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)

@@ -188,7 +188,7 @@ def test_devices_that_are_not_known(gpus, device):
 @pytest.mark.parametrize(("threads", "text"), [("1", "1 thread"), ("6", "6 threads"), ("", None), ("4,2", None)])
 def test_the_cpu_is_named_with_its_threads(monkeypatch, threads, text):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(machine, "_cores", lambda: 12)
+    monkeypatch.setattr(machine, "cores", lambda: 12)
     monkeypatch.setattr(machine, "_cpu_model", lambda: "Fast CPU")
     assert machine.device_name("cpu") == f"Fast CPU, {text or '12 threads'}"
 

@@ -319,7 +319,7 @@ def test_a_verdict_pairs_the_seeds_that_both_have() -> None:
 
 def test_nothing_is_said_of_one_seed_or_of_another_cell() -> None:
     assert not judged(of([*scored("o2mkd-4", 10.0), *scored("single", 13.0, **BASE)]))
-    other = scored("single", 13.0, 14.0, **BASE, budget="100k")
+    other = scored("single", 13.0, 14.0, **BASE, budget="100k", images_total=100_000)
     assert not judged(of([*scored("o2mkd-4", 10.0, 11.0), *other]))
     twice = [*scored("o2mkd-4", 10.0, 11.0), *scored("o2mkd-4", 20.0, 21.0), *scored("single", 13.0, 14.0, **BASE)]
     page = markdown(of(twice))
@@ -329,7 +329,7 @@ def test_nothing_is_said_of_one_seed_or_of_another_cell() -> None:
 
 def test_one_baseline_of_several_and_several_of_one() -> None:
     both = {"baseline_of": ["equal_total of o2mkd-2", "equal_total of o2mkd-4"]}
-    made = {"role": "baseline", "baseline_of": ["equal_per_student of o2mkd-4"]}
+    made = {"role": "baseline", "baseline_of": ["per_student of o2mkd-4"], "images_total": 25_000}
     results = of(
         [
             *scored("o2mkd-2", 10.0, 11.0),
@@ -345,8 +345,55 @@ def test_one_baseline_of_several_and_several_of_one() -> None:
     ]
 
 
+def test_a_baseline_that_serves_two_budgets_stands_beside_what_saw_as_much() -> None:
+    told = ["equal_total of o2mkd-2", "per_student of o2mkd-2"]
+    results = of(
+        [
+            *scored("o2mkd-2", 10.0, 11.0, budget="50k", images_per_student=[30_000, 30_000]),
+            *scored("o2mkd-2", 4.0, 5.0, budget="100k", images_total=100_000, images_per_student=[50_040, 50_040]),
+            *scored("single", 13.0, 14.0, baseline_of=told),
+        ]
+    )
+    assert [(line["budget"], line["against"], line["Δ fd_digits ↓"]) for line in judged(results)] == [
+        ("100k", "single (per student)", "-9.00 ± 0.00"),
+        ("50k", "single (equal total)", "-3.00 ± 0.00"),
+    ]
+    bare = [{**row, "batch": None, "images_total": None, "images_per_student": None} for row in results["rows"]]
+    assert [(line["budget"], line["against"]) for line in judged(of(bare))] == [
+        ("50k", "single (equal total)"),
+        ("50k", "single (per student)"),
+    ]
+
+
+def test_seeds_of_which_a_row_is_no_baseline_do_not_count() -> None:
+    mine, other = scored("o2mkd-4", 10.0, 11.0, 12.0), scored("single", 13.0, 14.0, 15.0)
+    for row_ in other[1:]:
+        row_ |= BASE
+    (found,) = judged(of([*mine, *other]))
+    assert found["seeds for it"] == "2 of 2"
+
+
+def test_of_two_baselines_of_one_name_neither_is_meant() -> None:
+    base = scored("single", 13.0, 14.0, **BASE)
+    assert judged(of([*scored("o2mkd-4", 10.0, 11.0), *base]))
+    assert not judged(of([*scored("o2mkd-4", 10.0, 11.0), *base, *scored("single", 23.0, 24.0, **BASE)]))
+
+
+def test_a_difference_is_never_shown_as_none() -> None:
+    (found,) = judged(of([*scored("o2mkd-4", 250.0, 250.01), *scored("single", 250.04, 250.05, **BASE)]))
+    assert (found["Δ fd_digits ↓"], found["verdict"]) == ("-0.0400 ± 0.0000", "better")
+
+
+def test_a_share_of_next_to_nothing_is_left_out() -> None:
+    results = of([*scored("o2mkd-4", 1.0, 2.0), *scored("single", 1e-310, 1e-310, **BASE)])
+    assert json.loads(as_json(results))["tables"][0]["verdicts"][0]["relative"] is None
+    assert judged(results)[0]["%"] == ""
+
+
 def test_each_score_has_its_verdict() -> None:
-    assert all("score" not in line for line in judged(wide()))
+    first = judged(wide())
+    assert first
+    assert all("score" not in line for line in first)
     _, _, second = markdown(wide()).rpartition(f"### {BASELINES.title}")
     assert {line["score"] for line in table_of(second)} == {"fid ↓", "is ↑"}
 
@@ -358,6 +405,10 @@ def test_every_line_may_be_judged_against_one_that_is_named() -> None:
             *scored("o2mkd-4", 10.0, 11.0),
             *scored("o2mkd-2", 15.0, 16.0),
             *scored("o2mkd-4", 1.0, 2.0, steps=20, nfe=20),
+            *scored("o2mkd-8", 1.0, 2.0, steps=30, nfe=30),
+            *scored("single", 3.0, 4.0, steps=30, nfe=30),
+            *scored("single", 5.0, 6.0, steps=30, nfe=30),
+            *[row("", "", "single", steps=10, seed=seed) for seed in (0, 1)],
             *scored("single", 9.0, 9.0, method="none"),
             *scored("o2mkd-4", 9.0, 9.0, method="none"),
         ]

@@ -68,6 +68,8 @@ def report(
 
     if against is not None and format in (Format.csv, Format.latex):
         raise UserError(f"--against says nothing in {format.value}; use --format table, md or json")
+    if against is not None and out is not None:
+        raise UserError("--against is printed and never written; leave --out away")
     folders = [path for path in what if path.is_dir() or path.suffix == ".json"]
     if folders:
         if any(given is not None for given in (set_, only, seed, device, store)):

@@ -42,7 +42,7 @@ def machine_record() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory": _memory(),
         "gpus": [gpu.name for gpu in _visible_gpus()],
         "versions": _versions(),
@@ -106,7 +106,7 @@ def device_name(device: str) -> str:
 def threads() -> int:
     """The threads torch would use here: ``OMP_NUM_THREADS``, else the cores of this process."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else _cores()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else cores()
 
 
 def _visible_gpus() -> list[_Gpu]:
@@ -147,7 +147,8 @@ def _cpu_model() -> str:
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pydantic import PositiveInt
 
 from ..core.executor import Executor, Report, Site, Task
-from ..core.machine import machine_record, threads
+from ..core.machine import cores, threads
 from ..core.options import Options, neutral
 
 # Seconds that a worker has to keep its checkpoints after an interrupt: a step that compiles takes a while.
@@ -51,17 +51,21 @@ class Local(Executor):
 
     @property
     def hint(self) -> str:
-        busy, cores = len(self._slots) * threads(), _cores()
-        if self.site.devices or busy <= cores:
+        if self.site.devices or len(self._slots) * threads() <= cores():
             return ""
         return (
-            f"{len(self._slots)} workers of {threads()} threads share {cores} cores; OMP_NUM_THREADS="
-            f"{max(1, cores // len(self._slots))} would keep them out of each other's way"
+            f"{len(self._slots)} workers of {threads()} threads share {cores()} cores; OMP_NUM_THREADS="
+            f"{self._share} would keep them out of each other's way"
         )
 
     @property
     def slots(self) -> int:
         return len(self._slots)
+
+    @property
+    def _share(self) -> int:
+        """The cores of a worker."""
+        return max(1, cores() // len(self._slots))
 
     def place(self, task: Task) -> bool:
         for slot in self._slots:
@@ -107,7 +111,7 @@ class Local(Executor):
         if slot.gpu:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
             # on the CPU the number of threads decides bits and is left to whoever asks; here more than cores only wait
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(self._slots))))
+            environment.setdefault("OMP_NUM_THREADS", str(self._share))
         call = [sys.executable, "-P", *_flags(), "-m", "o2mkd_bench.executors.worker", str(theirs.fileno())]
         # a group of its own: Ctrl-C reaches the run alone, and what a worker has started ends with it
         paths = [*self.site.path, *filter(None, [environment.get("PYTHONPATH")])]
@@ -161,10 +165,6 @@ class Local(Executor):
     def close(self) -> None:
         for slot in self._slots:
             self._buried(slot)
-
-
-def _cores() -> int:
-    return int(machine_record()["cores"])
 
 
 def _link(slot: Slot) -> Connection:

@@ -47,7 +47,8 @@ class Verdict:
     @property
     def relative(self) -> float | None:
         """The mean difference as a share of the baseline's mean."""
-        return fmean(self.differences) / abs(fmean(self.other)) if fmean(self.other) else None
+        base = abs(fmean(self.other))
+        return finite(fmean(self.differences) / base) if base else None
 
     @property
     def favour(self) -> int:
@@ -106,22 +107,58 @@ class Beside:
     def pairs(self, section: Section) -> Iterator[tuple[Line, Line, str]]:
         """Lines, what stands beside each, and by which rule; of several of one name nobody knows which is meant."""
         students = [line for line in section.lines if not line.is_teacher]
-        axis = self.axis or "wrapper"
-        named: defaultdict[tuple[Any, ...], list[Line]] = defaultdict(list)
-        for line in students:
-            named[_key(line, axis, line.text(axis))].append(line)
-        if self.axis:
-            for line in students:
-                found = named[_key(line, axis, self.label)]
-                if len(found) == 1 and found[0] is not line:
-                    yield line, found[0], ""
-            return
-        for baseline in students:
-            for told in baseline["baseline_of"] or ():
-                rule, _, wrapper = str(told).partition(" of ")
-                found = named[_key(baseline, axis, wrapper)]
-                if len(found) == 1:
-                    yield found[0], baseline, rule
+        return _labelled(students, self.axis, self.label) if self.axis else _baselines(students)
+
+
+def _labelled(students: Sequence[Line], axis: str, label: str) -> Iterator[tuple[Line, Line, str]]:
+    named = _by_name(students, axis)
+    for line in students:
+        found = [other for other in named[_name(line, axis)] if other.text(axis) == label]
+        if len(found) == 1 and found[0] is not line:
+            yield line, found[0], ""
+
+
+def _baselines(students: Sequence[Line]) -> Iterator[tuple[Line, Line, str]]:
+    named, alike = _by_name(students), _by_name(students, "wrapper", "budget")
+    for baseline in students:
+        told = dict.fromkeys(str(text) for row in baseline.rows for text in row.get("baseline_of") or ())
+        for text in told if len(named[_name(baseline)]) == 1 else ():
+            rule, _, wrapper = text.partition(" of ")
+            # edges that are measured differ between seeds, and so does what a cell is the baseline of
+            mine = Line(tuple(row for row in baseline.rows if text in (row.get("baseline_of") or ())))
+            lifted = [line for line in alike[_name(baseline, "wrapper", "budget")] if line.text("wrapper") == wrapper]
+            found = [line for line in lifted if _fair(line, mine, rule)]
+            if len(found) == 1:
+                yield found[0], mine, rule
+
+
+def _fair(line: Line, baseline: Line, rule: str) -> bool:
+    """Whether ``baseline`` saw what ``rule`` says: equal cells of two budgets are one, which has the rules of both."""
+    each = line["images_per_student"]
+    longest = [value for value in map(finite, each if isinstance(each, list) else [each]) if value is not None]
+    wanted = _images(line) if rule == "equal_total" else max(longest, default=None)
+    seen, batch = _images(baseline), finite(baseline["batch"])
+    if wanted is None or seen is None or batch is None:
+        return line.text("budget") == baseline.text("budget")
+    # whole steps
+    return abs(seen - wanted) <= batch
+
+
+def _images(line: Line) -> float | None:
+    """Training images of all students, without those of rounds."""
+    total = finite(line["images_total"])
+    return None if total is None else total - (finite(line["rounds_images"]) or 0)
+
+
+def _by_name(students: Sequence[Line], *without: str) -> defaultdict[tuple[str, ...], list[Line]]:
+    found: defaultdict[tuple[str, ...], list[Line]] = defaultdict(list)
+    for line in students:
+        found[_name(line, *without)].append(line)
+    return found
+
+
+def _name(line: Line, *without: str) -> tuple[str, ...]:
+    return tuple(line.text(key) for key in CELL if key not in without)
 
 
 BASELINES = Beside()
@@ -135,10 +172,6 @@ def verdicts(section: Section, beside: Beside = BASELINES) -> list[Verdict]:
     found = [one for pair in beside.pairs(section) for one in _compared(*pair, section.metrics)]
     places = {id(line): place for place, line in enumerate(section.lines)}
     return sorted(found, key=lambda verdict: places[id(verdict.line)])
-
-
-def _key(line: Line, axis: str, label: str) -> tuple[str, ...]:
-    return (*(line.text(key) for key in CELL if key != axis), label)
 
 
 def _compared(line: Line, baseline: Line, rule: str, metrics: Sequence[Metric]) -> list[Verdict]:
@@ -180,10 +213,12 @@ def columns(found: Sequence[Verdict], extra: Sequence[str]) -> list[Column[Verdi
 
 def _against(verdict: Verdict) -> str:
     wrapper, rule = verdict.baseline.text("wrapper"), verdict.rule.replace("_", " ")
-    # one that was made for it says so in its name
-    return wrapper if verdict.baseline["role"] == "baseline" else f"{wrapper} ({rule})"
+    # one that was made for this line says so in its name
+    return wrapper if wrapper.endswith(f" of {verdict.line.text('wrapper')})") else f"{wrapper} ({rule})"
 
 
 def _difference(verdict: Verdict) -> str:
     mean, places = fmean(verdict.differences), decimals([*verdict.mine, *verdict.other])
+    if mean and not round(mean, places):
+        places = decimals([mean])
     return ("+" if mean > 0 else "") + spread(mean, stdev(verdict.differences), places)

@@ -176,7 +176,8 @@ warm() {
   [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
   local begun=$SECONDS student method name done=yes
   # threads that wait for each other spin, and with more of them than cores each waits for all
-  local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / 4 + 1))}
+  local side=$(($(wc -w <<<"$students") * ${#methods[@]} + 1))
+  local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > side ? cores / side : 1))}
   local -A pids=()
   for student in $students; do
     for method in "${!methods[@]}"; do

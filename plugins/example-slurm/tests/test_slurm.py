@@ -30,6 +30,8 @@ class Worker:
             print("at work", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
+            print("keeping", flush=True)
+            sys.stdin.readline()
             print("kept", flush=True)
             raise
 
@@ -39,11 +41,26 @@ job.make(None, None, folder / "said", folder / "stop")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_told_to_end_keeps_its_checkpoints(tmp_path: Path, number: int) -> None:
+@pytest.fixture
+def job(tmp_path: Path):
     call = [sys.executable, "-c", JOB, str(tmp_path)]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as job:
-        assert job.stdout.readline() == "at work\n"
-        job.send_signal(number)
-        assert job.stdout.read() == "kept\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(call, **pipes) as process:
+        assert process.stdout.readline() == "at work\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_told_to_end_keeps_its_checkpoints(job: subprocess.Popen, number: int) -> None:
+    job.send_signal(number)
+    assert job.stdout.readline() == "keeping\n"
+    assert job.communicate("go on\n") == ("kept\n", None)
     assert job.returncode != 0
+
+
+def test_a_job_at_its_checkpoints_is_not_cut_by_who_asked_for_them(job: subprocess.Popen, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    assert job.stdout.readline() == "keeping\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.communicate("go on\n") == ("kept\n", None)

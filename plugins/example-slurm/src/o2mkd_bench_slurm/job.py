@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from o2mkd_bench import Event
 from o2mkd_bench.core.executor import Outcome, Site, Task
@@ -22,9 +23,14 @@ def make(site: Site, task: Task, said: Path, stop: Path) -> Outcome:
 
     Pickles are read by the run that has written this job, and by nobody else.
     """
-    # scancel and preemption send SIGTERM some seconds before SIGKILL: enough for checkpoints
-    for told in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(told, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        # scancel and preemption leave some seconds for checkpoints; a run that stops has asked for them already
+        if not stop.exists():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, ended)
     threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     with said.open("ab", buffering=0) as file:
 
