@@ -333,6 +333,7 @@ def test_state_outside_the_adapters_is_found(bad, tmp_path):
         method.test_same_step_gives_the_same_terms()
 
 
+@pytest.mark.filterwarnings("ignore:std")
 def test_nan_of_one_sample_and_changed_inputs_are_found(bad):
     method = bad(KDMethodContract, name="spread")
     with pytest.raises(AssertionError, match="spread is nan"):

@@ -118,7 +118,7 @@ def test_convert_learns_the_round_before_in_another_type(clip):
     x, times = on_grid(s, 0, rows)
     targets = [predict(teacher, "epsilon", x_i, t, clip)[0] for x_i, t in zip(x, times, strict=True)]
     loss, _ = learn(objective, 0, rows, objective.source())
-    assert float(loss) == pytest.approx(expected_loss(student, "v_prediction", targets, x, times), rel=2e-4)
+    assert loss.item() == pytest.approx(expected_loss(student, "v_prediction", targets, x, times), rel=2e-4)
 
 
 def gaussian(spread):
