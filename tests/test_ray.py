@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from o2mkd_bench.core.executor import Site
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.executors.choose import Placement
 from o2mkd_bench.testing import ExecutorContract
+from o2mkd_plugins.executors.options import RayOptions
+from o2mkd_plugins.executors.ray import Ray
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
@@ -34,6 +37,19 @@ def machine() -> Iterator[None]:
 class TestRay(ExecutorContract):
     name = "ray"
     patience = 60.0
+
+    @pytest.mark.parametrize(
+        ("devices", "asked", "given"), [((), None, "2"), (("GPU-a",), None, None), (("GPU-a",), "3", "3")]
+    )
+    def test_beside_a_gpu_threads_are_what_ray_gives(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], asked: Any, given: Any
+    ) -> None:
+        monkeypatch.setattr("o2mkd_bench.core.machine.cores", lambda: 2)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if asked:
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        with closing(Ray(RayOptions(), Site(tmp_path, "cuda:0" if devices else "cpu", devices))) as executor:
+            assert executor._common["runtime_env"]["env_vars"].get("OMP_NUM_THREADS") == given
 
 
 @pytest.fixture

@@ -90,7 +90,9 @@ class Ray(Executor):
             ray.get_runtime_context().get_node_id(), soft=False
         )
         self._ear = ray.remote(Ear).options(num_cpus=0, scheduling_strategy=here).remote()
-        variables = {"OMP_NUM_THREADS": str(threads())}
+        # where CPUs compute the number of threads decides bits; beside a GPU Ray gives a task as many as it has CPUs
+        own = bool(site.devices) and "OMP_NUM_THREADS" not in os.environ
+        variables = {} if own else {"OMP_NUM_THREADS": str(threads())}
         if path := os.environ.get("PYTHONPATH"):
             variables["PYTHONPATH"] = path
         self._make = ray.remote(make)
