@@ -219,6 +219,7 @@ def _against(verdict: Verdict) -> str:
 
 def _difference(verdict: Verdict) -> str:
     mean, places = fmean(verdict.differences), decimals([*verdict.mine, *verdict.other])
-    if mean and not round(mean, places):
+    if verdict.word != "undecided" and not round(mean, places):
+        # better by nothing would be a riddle
         places = decimals([mean])
     return ("+" if mean > 0 else "") + spread(mean, stdev(verdict.differences), places)
