@@ -289,9 +289,8 @@ def _scores(results: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
             rest = (f"{key} {told}" for key, told in known.items() if key not in _TOLD and told not in (None, ""))
             line = (f"{value:.6g}", better, known.get("network"), known.get("images"), against, "; ".join(rest))
             lines.append((f"`{entry['column']}`", *map(markdown_text, line)))
-    found = (
-        [_grid(("column", "score", "better", "feature network", "images", "against", "how"), lines)] if lines else []
-    )
+    head = ("column", "score", "better", "feature network", "images", "against", "how")
+    found = [_grid(head, lines)] if lines else []
     return found + ([f"Not measured: {markdown_text(row['reason'])}."] if row["reason"] else [])
 
 

@@ -301,7 +301,7 @@ def test_a_verdict_gives_the_difference_and_its_share() -> None:
     assert verdict["differences"] == [-2.0, -3.0]
     assert (verdict["wrapper"], verdict["against"]) == ("o2mkd-4", {"wrapper": "single"})
     assert (verdict["rule"], verdict["relative"]) == ("equal_total", -0.2)
-    assert "better" in terminal(results)
+    assert re.search(r"-2\.50 ± 0\.71 +-20\.0 +2 of 2 +better$", terminal(results), re.MULTILINE)
 
 
 def test_verdicts_turn_round_where_higher_is_better() -> None:

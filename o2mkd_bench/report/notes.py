@@ -9,7 +9,7 @@ from typing import Any
 from .lines import CELL, Line, Metric, Results, Section
 from .teachers import beside, expected
 from .text import decimals, finite, listed, si
-from .verdicts import RULE, Beside, verdicts
+from .verdicts import RULE
 
 BASELINE = "†"
 VARIES = ("steps", "budget", "weights", "spacing", "clip", "precision")
@@ -38,15 +38,15 @@ def varying(sections: Sequence[Section]) -> list[str]:
     return found
 
 
-def notes(results: Results, sections: Sequence[Section], judged: Beside | None = None) -> list[str]:
-    """Footnotes as plain sentences, the most needed first; ``judged``: what verdicts compare, where they are shown."""
+def notes(results: Results, sections: Sequence[Section], judged: bool = False) -> list[str]:
+    """Footnotes as plain sentences, the most needed first; ``judged``: whether verdicts are shown."""
     every = [line for section in sections for line in section.lines]
     found = [*_reading(every), *_protocols(sections), *_references(results, sections), *expected(results)]
     return [
         *found,
         *beside(results, sections),
         *_baselines(every),
-        *([RULE] if judged is not None and any(verdicts(section, judged) for section in sections) else []),
+        *([RULE] if judged else []),
         *_settings(sections),
         *_namesakes(every),
         *_sharing(every),

@@ -98,13 +98,14 @@ def markdown(results: Results, beside: Beside = BASELINES) -> str:
     """
     parts = sections(results)
     extra = varying(parts)
+    judged = [verdicts(section, beside) for section in parts]
     page = [f"# {markdown_text(results.get('suite', 'results'))}", ""]
-    for section in parts:
+    for section, found in zip(parts, judged, strict=True):
         table = markdown_table(columns(section, extra), section.lines)
         page += [f"## {markdown_text(section.dataset)}, teacher {markdown_text(section.teacher)}", "", table, ""]
-        if found := verdicts(section, beside):
+        if found:
             page += [f"### {markdown_text(beside.title)}", "", markdown_table(verdict_columns(found, extra), found), ""]
-    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts, beside), *_made(results)]]
+    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts, any(judged)), *_made(results)]]
     return "\n".join(page) + "\n"
 
 
@@ -157,17 +158,18 @@ def _tex(text: str) -> str:
 def as_json(results: Results, beside: Beside = BASELINES) -> str:
     """The lines of the tables as JSON text: cells, scores with mean, sd, n and bold, and the footnotes."""
     parts = sections(results)
+    judged = [verdicts(section, beside) for section in parts]
     tables = [
         {
             "dataset": section.dataset,
             "teacher": section.teacher,
             "metrics": [asdict(metric) for metric in section.metrics],
             "lines": [_line(line) for line in section.lines],
-            "verdicts": [verdict.data() for verdict in verdicts(section, beside)],
+            "verdicts": [verdict.data() for verdict in found],
         }
-        for section in parts
+        for section, found in zip(parts, judged, strict=True)
     ]
-    document = {"suite": results.get("suite"), "tables": tables, "notes": notes(results, parts, beside)}
+    document = {"suite": results.get("suite"), "tables": tables, "notes": notes(results, parts, any(judged))}
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -199,16 +201,18 @@ def terminal(results: Results, width: int | None = 110, colour: bool = False, be
     console = Console(
         file=io.StringIO(), width=_ENDLESS, force_terminal=colour, color_system="standard" if colour else None
     )
-    for section in parts:
+    extra = varying(parts)
+    judged = [verdicts(section, beside) for section in parts]
+    for section, found in zip(parts, judged, strict=True):
         console.print(Styled.assemble((section.dataset, "bold"), "  teacher ", (section.teacher, "bold")))
-        for shown in blocks(columns(section, varying(parts), full=False), section.lines, width):
+        for shown in blocks(columns(section, extra, full=False), section.lines, width):
             console.print(_rich(shown, section.lines, _group, lambda line: "dim" if line.is_teacher else ""))
-        if found := verdicts(section, beside):
+        if found:
             console.print(Styled(beside.title, style="bold"))
-            for part in blocks(verdict_columns(found, varying(parts)), found, width):
+            for part in blocks(verdict_columns(found, extra), found, width):
                 console.print(_rich(part, found, lambda verdict: _group(verdict.line)))
     footnotes = Table.grid(padding=(0, 1))
-    for note in notes(results, parts, beside):
+    for note in notes(results, parts, any(judged)):
         footnotes.add_row(Styled("·", style="dim"), Styled(note, style="dim"))
     console.print(Padding(footnotes, (0, 1)), width=width)
     assert isinstance(console.file, io.StringIO)

@@ -45,6 +45,11 @@ class Verdict:
         return tuple(a - b for a, b in zip(self.mine, self.other, strict=True))
 
     @property
+    def gains(self) -> tuple[float, ...]:
+        """The differences, above 0 where it is better."""
+        return self.differences if self.metric.higher_is_better else tuple(-value for value in self.differences)
+
+    @property
     def relative(self) -> float | None:
         """The mean difference as a share of the baseline's mean."""
         base = abs(fmean(self.other))
@@ -53,14 +58,15 @@ class Verdict:
     @property
     def favour(self) -> int:
         """How many seeds say that it is better."""
-        return sum(value > 0 if self.metric.higher_is_better else value < 0 for value in self.differences)
+        return sum(gain > 0 for gain in self.gains)
 
     @property
     def word(self) -> Word:
-        against = sum(value < 0 if self.metric.higher_is_better else value > 0 for value in self.differences)
-        clear = abs(fmean(self.differences)) > max(stdev(self.mine), stdev(self.other))
-        if clear and len(self.mine) in (self.favour, against):
-            return "better" if self.favour else "worse"
+        gains, deviation = self.gains, max(stdev(self.mine), stdev(self.other))
+        if all(gain > 0 for gain in gains) and fmean(gains) > deviation:
+            return "better"
+        if all(gain < 0 for gain in gains) and fmean(gains) < -deviation:
+            return "worse"
         return "undecided"
 
     def data(self) -> dict[str, Any]:

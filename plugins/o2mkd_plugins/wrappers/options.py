@@ -38,8 +38,8 @@ class O2MKDOptions(Options):
 
     The paper's own K, edges and warm-up are not in any text we could read. The defaults were chosen on tuning seeds:
     ``restart`` in results/restart and results/cifar; the others in results/knobs, where four students are no better
-    than two, no edges are better than uniform ones on all samplers and budgets, shared starts of 0.1 and 0.3 are the
-    same, none and 0.6 worse on one sampler, and overlap and whole batches worse on all.
+    than two, no edges are better than uniform ones on all samplers and budgets, shared starts of 0.1 and 0.3 are
+    not told apart, none and 0.6 worse on one sampler, and overlap and whole batches worse on all.
     """
 
     students: int = Field(2, ge=1, le=1000, description="K, the number of students")
