@@ -12,6 +12,7 @@ import termios
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from toy import Events, run, session, suite, table
 from o2mkd_bench.core.errors import StoreError, UserError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.executor import Executor, Outcome, Report, Site, Task
+from o2mkd_bench.core.runlog import Follower, runs
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.executors.choose import Placement, choose
 from o2mkd_bench.executors.dispatch import Dispatch
@@ -394,6 +396,20 @@ def until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"it ended before it said {text!r}: {told}")
 
 
+def wait_for(reached: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def trained(folder: Path) -> bool:
+    """Whether the one student of a run has made a step."""
+    store = Store(folder / ".o2mkd" / "store")
+    told = [event for log in runs(store, "toy") for _, event in Follower(log).news()]
+    return any(event.kind == "progress" and "single seed 0" in event.label for event in told)
+
+
 def write_long(folder: Path) -> list[str]:
     """The words of a run that goes on for hours and keeps no checkpoint unless it is interrupted."""
     long = {**GRID, "budgets": [10_000_000], "checkpoint_every": 3600.0}
@@ -406,7 +422,7 @@ def write_long(folder: Path) -> list[str]:
 def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: list[str], number: int) -> None:
     with started([*write_long(tmp_path), *workers], tmp_path) as process:
         until(process, "single seed 0")
-        time.sleep(3.0)
+        wait_for(lambda: trained(tmp_path))
         children = workers_of(process.pid)
         if number == signal.SIGTERM:
             # as a scheduler does, which tells every process of a job
@@ -440,8 +456,7 @@ def test_a_closed_terminal_costs_no_checkpoint(tmp_path: Path) -> None:
     told = b""
     while b"single seed 0" not in told:
         told += os.read(ours, 1 << 16)
-    until_trained = time.monotonic() + 3.0
-    while time.monotonic() < until_trained:
+    while not trained(tmp_path):
         os.read(ours, 1 << 16)
     os.close(ours)
     # the shell tells it too
@@ -461,15 +476,13 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
     (tmp_path / "deaf.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
     with started(["run", "deaf.yaml", "--workers", "1"], tmp_path, laboratory.site) as process:
         until(process, "data laboratory")
-        time.sleep(1.0)
+        wait_for((tmp_path / "tried-0").exists)
+        time.sleep(0.5)
         (child,) = workers_of(process.pid)
         process.send_signal(number)
         time.sleep(2.0)
         assert process.poll() is None, "the first one lets workers keep what they have"
         process.send_signal(number)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{child}").exists()
+    wait_for(lambda: not Path(f"/proc/{child}").exists())

@@ -73,9 +73,13 @@ def losses(attempts: list[list[dict[str, Any]]]) -> list[tuple[str, float, float
             seen = [e for e in attempt if e["kind"] == "progress" and e["stage"] == stage]
             if "loss" not in seen[0]:
                 continue
-            ahead = (e for later in attempts[place + 1 :] for e in later)
-            resumed = next((e for e in ahead if e["stage"] == stage and e["kind"] in ("message", "progress")), None)
-            assert resumed is not None, f"{seen[0]['label']} was never gone on with"
+            ahead = (e for other in attempts[place + 1 :] for e in other)
+            later = [e for e in ahead if e["stage"] == stage]
+            resumed = next((e for e in later if e["kind"] in ("message", "progress")), None)
+            if resumed is None:
+                # the kill came after it was stored and before anyone was told
+                assert not later, f"{seen[0]['label']} was begun again without a step"
+                continue
             told = re.search(r"going on at step (\d+) of", str(resumed.get("text", "")))
             first = int(told[1]) if told else 0
             since = next((e["at"] for e in reversed(seen) if e["done"] <= first), seen[0]["at"])
