@@ -137,6 +137,8 @@ def training(found: Readings) -> Iterator[Row]:
     yield Row("7 students: ours / plain compiled", ratio(ours, compiled))
     share = ratio(get(found, "bound", "seconds", "teacher"), step)
     yield Row("7 students: the teacher's share of a step", None if share is None else 100 * share, "%")
+    for name, text in (("single", "1 student"), ("seven", "7 students")):
+        yield Row(f"{text}: bound, cuDNN's algorithms tried out", get(found, "tried", name), "images/s")
     for k, text in (("K=1", "the whole batch"), ("K=4", "a quarter of it")):
         spent = get(found, "bound", "parts", k) or {}
         seconds = get(found, "bound", "seconds", k)

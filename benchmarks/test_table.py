@@ -45,6 +45,7 @@ def test_ratios_come_from_the_readings(tmp_path):
     (tmp_path / "sampling.json").write_text(json.dumps(found))
     seven = {"plain": {"seven": 100.0}, "ours_7": {"images_per_second": 251.0, "step_seconds": 0.4}}
     seven["bound"] = {"seven": 300.0, "seconds": {"teacher": 0.1}}
+    seven["tried"] = {"seven": 330.0}
     (tmp_path / "training.json").write_text(json.dumps(seven))
     text = render(tmp_path)
     table = cells(text)
@@ -57,6 +58,7 @@ def test_ratios_come_from_the_readings(tmp_path):
     assert table["7 students: ours / plain"] == ["2.51", "≥ 2.5", "yes"]
     assert table["7 students: ours / bound"] == ["0.8367", "≥ 0.9", "**no**"]
     assert table["7 students: the teacher's share of a step"][0] == "25 %"
+    assert table["7 students: bound, cuDNN's algorithms tried out"][0] == "330 images/s"
     assert "- sampling, half_width: RuntimeError: none" in text
     assert "- sampling, batch_1024: no time" in text
     assert "- sampling: some GPU, torch 2, CUDA 13, 2026-01-01" in text
