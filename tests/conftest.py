@@ -1,9 +1,20 @@
 """One toy run that many tests look at."""
 
 import os
+import signal
 
 import pytest
 from toy import EVERYTHING, Events, ToyRun, run, session
+
+from o2mkd_bench.core.interrupts import SIGNALS, passed_over
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_signal():
+    """What tests start hears every signal, though tests in the background of a shell do not."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, passed_over)
 
 
 @pytest.fixture(autouse=True, scope="session")

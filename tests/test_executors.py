@@ -12,8 +12,8 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -379,12 +379,17 @@ def test_an_option_the_executor_lacks_is_one_sentence(tmp_path: Path) -> None:
 COMMAND = [sys.executable, "-c", "from o2mkd_bench.cli import main; main()"]
 
 
-def started(words: list[str], folder: Path, *more: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(words: list[str], folder: Path, *more: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process that is gone after, also where a test fails."""
     path = os.pathsep.join([*map(str, more), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*COMMAND, *words], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    with subprocess.Popen([*COMMAND, *words], cwd=folder, env=environment, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def until(process: subprocess.Popen[str], text: str) -> None:
@@ -442,28 +447,23 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, workers: l
 
 def test_a_closed_terminal_costs_no_checkpoint(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    store = tmp_path / ".o2mkd" / "store"
-    process = subprocess.Popen(
-        [*COMMAND, *write_long(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(theirs)
-    told = b""
-    while b"single seed 0" not in told:
-        told += os.read(ours, 1 << 16)
-    while not trained(tmp_path):
-        os.read(ours, 1 << 16)
-    os.close(ours)
-    # the shell tells it too
-    os.kill(process.pid, signal.SIGHUP)
-    assert process.wait(60) == 128 + signal.SIGHUP
-    assert list((store / "work").glob("*/checkpoint.safetensors"))
+    terminal: dict[str, Any] = {
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        "start_new_session": True,
+        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    }
+    with started(write_long(tmp_path), tmp_path, **terminal) as process:
+        os.close(theirs)
+        told = b""
+        while b"single seed 0" not in told:
+            told += os.read(ours, 1 << 16)
+        while not trained(tmp_path):
+            os.read(ours, 1 << 16)
+        os.close(ours)
+        # the shell tells it too
+        os.kill(process.pid, signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    assert list((tmp_path / ".o2mkd" / "store" / "work").glob("*/checkpoint.safetensors"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
