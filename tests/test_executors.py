@@ -457,8 +457,7 @@ def test_a_closed_terminal_costs_no_checkpoint(tmp_path: Path) -> None:
         told = b""
         while b"single seed 0" not in told:
             told += os.read(ours, 1 << 16)
-        while not trained(tmp_path):
-            os.read(ours, 1 << 16)
+        wait_for(lambda: bool(os.read(ours, 1 << 16)) and trained(tmp_path))
         os.close(ours)
         # the shell tells it too
         os.kill(process.pid, signal.SIGHUP)
@@ -478,6 +477,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
     with started(["run", "deaf.yaml", "--workers", "1"], tmp_path, laboratory.site) as process:
         until(process, "data laboratory")
         wait_for((tmp_path / "tried-0").exists)
+        # it is deaf a moment after
         time.sleep(0.5)
         (child,) = workers_of(process.pid)
         process.send_signal(number)

@@ -104,7 +104,6 @@ if [[ ${REHEARSE:-} && ${1:-} != list ]]; then
   suite=$work/suite.yaml tuning=$work/tuning.yaml out=${OUT:-$work/results}
 fi
 workers=${WORKERS:-$(wc -w <<<"$seeds")}
-cores=$(nproc)
 store=$work/store
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton
 
@@ -176,7 +175,7 @@ warm() {
   [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
   local begun=$SECONDS student method name done=yes
   # threads that wait for each other spin, and with more of them than cores each waits for all
-  local side=$(($(wc -w <<<"$students") * ${#methods[@]} + 1))
+  local cores=$(nproc) side=$(($(wc -w <<<"$students") * ${#methods[@]} + 1))
   local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > side ? cores / side : 1))}
   local -A pids=()
   for student in $students; do

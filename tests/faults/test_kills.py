@@ -7,7 +7,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -61,10 +61,13 @@ class Storm:
         return parts
 
 
-def losses(attempts: list[list[dict[str, Any]]]) -> list[tuple[str, float, float, int]]:
+Loss = tuple[str, float, float, int]
+
+
+def losses(attempts: list[list[dict[str, Any]]], kept: Mapping[str, tuple[int, int]]) -> list[Loss]:
     """For each training that a kill cut: its label, the seconds and steps to do again, and the longest step in seconds.
 
-    A training that is not gone on with begins anew.
+    A training that is not gone on with begins anew. ``kept``: as a storm has it at its end.
     """
     found = []
     for place, attempt in enumerate(attempts):
@@ -78,7 +81,9 @@ def losses(attempts: list[list[dict[str, Any]]]) -> list[tuple[str, float, float
             resumed = next((e for e in later if e["kind"] in ("message", "progress")), None)
             if resumed is None:
                 # the kill came after it was stored and before anyone was told
+                stored = kept[stage][1] / 1e9
                 assert not later, f"{seen[0]['label']} was begun again without a step"
+                assert stored < attempts[place + 1][0]["at"], f"{seen[0]['label']} was never gone on with"
                 continue
             told = re.search(r"going on at step (\d+) of", str(resumed.get("text", "")))
             first = int(told[1]) if told else 0
@@ -103,6 +108,7 @@ def test_a_grid_survives_kills_at_random_instants(
         time.sleep(draw.uniform(0, 1) if aimed else draw.uniform(0.3, 10))
 
     storms: list[Storm] = []
+    cut: list[Loss] = []
     while (left := wanted - sum(storm.kills for storm in storms)) > 0:
         storm = Storm(undisturbed.suite, tmp_path / str(len(storms)), wait)
         storm.survive(left)
@@ -115,9 +121,10 @@ def test_a_grid_survives_kills_at_random_instants(
             started = {event["stage"] for event in attempt if event["kind"] == "start"}
             assert started.isdisjoint(finished), "a finished stage was begun again"
             finished += [event["stage"] for event in attempt if event["kind"] == "done"]
-        for label, seconds, longest, _ in losses(attempts):
+        found = losses(attempts, storm.kept)
+        for label, seconds, longest, _ in found:
             assert seconds <= CHECKPOINT_EVERY + longest + SLACK, label
-    cut = [loss for storm in storms for loss in losses(storm.attempts())]
+        cut += found
     kills = sum(storm.kills for storm in storms)
     steps, worst = sum(loss[3] for loss in cut), max((loss[1] for loss in cut), default=0.0)
     figure(
