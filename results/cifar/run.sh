@@ -232,7 +232,8 @@ slices() {
 
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
-    main 300 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
+    main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
+    main 600 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
     main 700 "controls-$student" "${lone[@]}" --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal \
       --only student="$student"
