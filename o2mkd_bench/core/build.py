@@ -20,7 +20,7 @@ from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, b
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
 
-MOST_CELLS = 20_000
+MOST_CELLS = 25_000
 
 Labels = Mapping[str, Any]
 Rows = tuple[tuple[Draw, Labels], ...]

@@ -232,6 +232,7 @@ slices() {
 
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
+    main 540 "features-light-$student" --only method=output+feature-light "${headline[@]}" --only student="$student"
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
     main 600 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
