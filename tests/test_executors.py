@@ -183,6 +183,17 @@ def test_stages_another_process_is_at_are_waited_for(tmp_path: Path) -> None:
     assert walk.made == [other.identity, first.identity]
 
 
+def test_a_worker_says_what_plugins_warn_of_and_nothing_of_other_packages(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    laboratory = Laboratory(tmp_path)
+    laboratory.stage(1, "warn")
+    laboratory.run(local)
+    told = capfd.readouterr().err
+    assert "UserWarning: a word" in told
+    assert "noise" not in told
+
+
 def test_a_mistake_of_ours_in_a_worker_loses_its_task_in_words(tmp_path: Path) -> None:
     with closing(local(Site(tmp_path / "store", "cpu", path=tuple(sys.path)))) as executor:
         assert executor.place(Task(7, ("nobody",), ()))

@@ -18,7 +18,7 @@ from rich.console import Console
 from o2mkd_bench import hookimpl
 from o2mkd_bench.cli.observers import Trackers, together
 from o2mkd_bench.cli.progress import LiveProgress, PlainProgress, Progress, display, duration
-from o2mkd_bench.cli.quiet import quiet
+from o2mkd_bench.core.quiet import quiet
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import Registry

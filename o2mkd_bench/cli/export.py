@@ -39,7 +39,7 @@ def export(
     from ..core.errors import UserError
     from ..export import check_free, unfinished
     from ..export import export as write
-    from .quiet import quiet
+    from ..core.quiet import quiet
 
     check_free(folder)
     session = open_session(suite or find_suite(cell), store, sets=set_, seed=seed, device=device)

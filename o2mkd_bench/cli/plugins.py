@@ -69,7 +69,7 @@ def doctor(store: StoreDir = None, json: Json = False) -> None:
     """
     from ..core.session import store_at
     from ..doctor import examine
-    from .quiet import quiet
+    from ..core.quiet import quiet
 
     quiet()
     checks = examine(store_at(store))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path, say_unmatched
-from .quiet import quiet
+from ..core.quiet import quiet
 
 if TYPE_CHECKING:
     from ..executors.choose import Placement

@@ -45,7 +45,7 @@ def sample(
     Example: `o2mkd-bench sample 3fa9c1d2 --n 64 --out digits.png`
     """
     from ..core.errors import UserError
-    from .quiet import quiet
+    from ..core.quiet import quiet
 
     session = open_session(suite or find_suite(cell), store, sets=set_, seed=seed, device=device)
     chosen = choose(session.plan, cell)

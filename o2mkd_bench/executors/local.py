@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -178,6 +177,5 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _flags() -> list[str]:
-    """The interpreter's options that a worker inherits; it is as silent about warnings as this process."""
-    silenced = warnings.filters[:1] and warnings.filters[0][0] == "ignore" and not sys.warnoptions
-    return [f"-W{option}" for option in (["ignore"] if silenced else sys.warnoptions)]
+    """The interpreter's options that a worker inherits: warnings that somebody asked for."""
+    return [f"-W{option}" for option in sys.warnoptions]

@@ -10,6 +10,7 @@ from ..core.executor import Outcome, Site, Task
 from ..core.mirror import open_store
 from ..core.plan import Plan
 from ..core.plugins import registry
+from ..core.quiet import quiet
 from ..execute import Walk
 from ..stages.bench import Bench
 
@@ -18,6 +19,7 @@ class Worker:
     """Makes the tasks of a site, one after the other; ``observer`` is told every event."""
 
     def __init__(self, site: Site, observer: Observer) -> None:
+        quiet()
         # seconds that no stage should be charged for
         import torch  # noqa: F401
 

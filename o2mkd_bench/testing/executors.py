@@ -21,7 +21,7 @@ from ..stages.bench import Bench
 from .contract import Contract
 
 _PLUGIN = '''
-import os, signal, time
+import os, signal, time, warnings
 from contextlib import suppress
 from pathlib import Path
 import numpy as np
@@ -47,6 +47,9 @@ class Laboratory(DatasetSource):
             os.kill(os.getpid(), signal.SIGKILL)
         if deed == "raise":
             raise ValueError("no such thing")
+        if deed == "warn":
+            warnings.warn_explicit("noise", UserWarning, "x.py", 1, module="torch.nn")
+            warnings.warn("a word")
         if deed == "hang":
             time.sleep(600)
         while deed == "deaf":
