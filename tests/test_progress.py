@@ -18,10 +18,10 @@ from rich.console import Console
 from o2mkd_bench import hookimpl
 from o2mkd_bench.cli.observers import Trackers, together
 from o2mkd_bench.cli.progress import LiveProgress, PlainProgress, Progress, display, duration
-from o2mkd_bench.core.quiet import quiet
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import Registry
+from o2mkd_bench.core.quiet import quiet
 from o2mkd_plugins.trackers.jsonl import JsonLines
 from o2mkd_plugins.trackers.options import JsonLinesOptions
 

@@ -37,9 +37,9 @@ def export(
     Example: `o2mkd-bench export 3fa9c1d2 digits-in-two-steps`
     """
     from ..core.errors import UserError
+    from ..core.quiet import quiet
     from ..export import check_free, unfinished
     from ..export import export as write
-    from ..core.quiet import quiet
 
     check_free(folder)
     session = open_session(suite or find_suite(cell), store, sets=set_, seed=seed, device=device)

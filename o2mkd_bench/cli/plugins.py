@@ -67,9 +67,9 @@ def doctor(store: StoreDir = None, json: Json = False) -> None:
 
     Example: `o2mkd-bench doctor`
     """
+    from ..core.quiet import quiet
     from ..core.session import store_at
     from ..doctor import examine
-    from ..core.quiet import quiet
 
     quiet()
     checks = examine(store_at(store))

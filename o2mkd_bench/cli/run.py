@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path, say_unmatched
 from ..core.quiet import quiet
+from .common import Device, Json, Only, Seed, Sets, StoreDir, SuiteFile, open_session, path, say_unmatched
 
 if TYPE_CHECKING:
     from ..executors.choose import Placement
