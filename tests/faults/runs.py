@@ -51,7 +51,8 @@ TINY: dict[str, Any] = {
 SAMPLE: dict[str, Any] = {
     "methods": ["output"],
     "samplers": [{"ddim": {"steps": [2]}}, {"progressive": {"steps": 2, "start": 4}, "label": "progressive"}],
-    "include": [{"wrapper": "single*", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive"}],
+    "include": [{"wrapper": "single", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive"}],
+    "exclude": [],
     "baselines": [],
     "budgets": [640],
     "teachers": [{"name": "small", "train": {**TINY["teachers"][0]["train"], "images": 960}}],
