@@ -40,6 +40,7 @@ TINY: dict[str, Any] = {
             "train": {"model": {"unet2d": {"block_out_channels": [8, 16], "norm_num_groups": 4}}, "images": 1920},
         }
     ],
+    "wrappers": ["single", {"o2mkd": {"students": 2}}],
     "budgets": [1280],
     "training": {"batch": 32, "group": 8},
     "sampling": {"images": 640, "batch": 320},
@@ -51,8 +52,7 @@ TINY: dict[str, Any] = {
 SAMPLE: dict[str, Any] = {
     "methods": ["output"],
     "samplers": [{"ddim": {"steps": [2]}}, {"progressive": {"steps": 2, "start": 4}, "label": "progressive"}],
-    "include": [{"wrapper": "single", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive"}],
-    "exclude": [],
+    "include": [{"wrapper": "single*", "sampler": "ddim"}, {"wrapper": "o2mkd*", "sampler": "progressive"}],
     "baselines": [],
     "budgets": [640],
     "teachers": [{"name": "small", "train": {**TINY["teachers"][0]["train"], "images": 960}}],
