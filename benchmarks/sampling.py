@@ -123,14 +123,12 @@ def throughput(frame: Frame, batch: int, large: bool = False) -> dict[str, Any]:
     diffusers' at a ``large`` one, and in true float32, come from a fifth of the steps.
     """
     torch.compiler.reset()  # a second batch size in one process would be compiled for all sizes
-    steps = dict.fromkeys(("diffusers_tf32", "diffusers_bf16"), STEPS // 5 if large else STEPS)
-    slow = {
-        "diffusers_tf32": pipeline(frame, torch.float32, batch, steps["diffusers_tf32"]),
-        "diffusers_bf16": pipeline(frame, torch.bfloat16, batch, steps["diffusers_bf16"]),
-    }
+    fifth = STEPS // 5
+    usual = fifth if large else STEPS
+    pipelines = {"diffusers_tf32": (torch.float32, usual, True), "diffusers_bf16": (torch.bfloat16, usual, True)}
     if not large:
-        steps["diffusers_fp32"] = STEPS // 5
-        slow["diffusers_fp32"] = pipeline(frame, torch.float32, batch, STEPS // 5, tf32=False)
+        pipelines["diffusers_fp32"] = (torch.float32, fifth, False)
+    slow = {name: pipeline(frame, dtype, batch, steps, tf32) for name, (dtype, steps, tf32) in pipelines.items()}
     batches = max(1, 768 // batch) if frame.cuda else 1
     fast = {
         "by_hand": by_hand(frame, frame.config, batch),
@@ -138,7 +136,8 @@ def throughput(frame: Frame, batch: int, large: bool = False) -> dict[str, Any]:
         "ours_4": warmed(ours(frame, [frame.frozen(frame.config, seed) for seed in range(4)], batch, batches)),
     }
     seconds = frame.interleaved({**slow, **fast})
-    share = {name: count / STEPS for name, count in steps.items()} | {"by_hand": 1, "ours": batches, "ours_4": batches}
+    share = {name: steps / STEPS for name, (_, steps, _) in pipelines.items()}
+    share |= {"by_hand": 1, "ours": batches, "ours_4": batches}
     found: dict[str, Any] = {n: batch * share[n] / s for n, s in seconds.items()}
     told = {"batch": batch, "images_per_second": found}
     if large or frame.warm:

@@ -106,6 +106,14 @@ def test_the_table_in_the_readme_is_the_committed_result() -> None:
     assert [line.rstrip() for line in shown[1].splitlines()] == [line.rstrip() for line in table.rstrip().splitlines()]
 
 
+def test_the_readings_in_the_readme_of_the_benchmarks_are_the_committed_ones() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"\| what \| reading \| bar \| met \|\n.*?(?=\n\n)", page, re.DOTALL)
+    assert shown is not None
+    table = (ROOT / "results" / "bench" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in shown[0].splitlines() if line not in table] == []
+
+
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

@@ -40,6 +40,7 @@ TINY: dict[str, Any] = {
             "train": {"model": {"unet2d": {"block_out_channels": [8, 16], "norm_num_groups": 4}}, "images": 1920},
         }
     ],
+    # without the control, which is one more student of a kind that is there already
     "wrappers": ["single", {"o2mkd": {"students": 2}}],
     "budgets": [1280],
     "training": {"batch": 32, "group": 8},
