@@ -38,17 +38,27 @@ def capture(run: Callable[[], Any], pool: Any, device: torch.device) -> Captured
         OutOfMemoryError, RuntimeError: for what cannot be captured, such as a call that waits for the device.
     """
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # other threads, of a progress display or a loader, may go on using the device meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            output = run()
-        return Captured(graph.replay, output, graph.pool())
+        return record(run, pool, warmed_up(run))
+
+
+def warmed_up(run: Callable[[], Any]) -> torch.cuda.Stream:
+    """``run`` several times, for what is made at first calls; the stream of its own on which that was."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    return side
+
+
+def record(run: Callable[[], Any], pool: Any, stream: torch.cuda.Stream) -> Captured:
+    """``run``, warmed up on ``stream``, as a CUDA graph of the present device."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads, of a progress display or a loader, may go on using the device meanwhile
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = run()
+    return Captured(graph.replay, output, graph.pool())
 
 
 class Graphs:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .compiled import Say, one_line
-from .graphs import capture
+from .graphs import Captured, record, warmed_up
 
 Tapped = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(x, t), or (x, t, condition), to the prediction and the features by name, all float32."""
 
 # A size is captured when it comes so often; intervals that cut a batch differently each step are few beyond so many.
 _OFTEN, _SIZES = 3, 4
+
+Pass = Callable[[], tuple[Tensor, ...]]
+"""From inputs where they are to the prediction and the features."""
 
 Record = Callable[..., Tapped]
 """What :func:`recorded` does."""
@@ -66,55 +70,122 @@ def recorded(ask: Tapped, trained: nn.Module | None, *like: Tensor) -> Tapped:
     Raises:
         OutOfMemoryError, RuntimeError: for what cannot be captured, such as a call that waits for the device.
     """
-    device = like[0].device
-    one, inputs = _Pass(ask, trained), tuple(value.clone() for value in like)
+    device, inputs = like[0].device, tuple(value.clone() for value in like)
     pool = _Pool.of(device, trained is not None)
-    # what a network draws while it is warmed up is not missing after
-    with torch.random.fork_rng([device]):
-        run = (_forward if trained is None else _both)(one, inputs, pool.handle)
+    names: list[str] = []
 
-    def again(*inputs: Tensor, pool: _Pool = pool) -> tuple[Tensor, dict[str, Tensor]]:
-        return one.named(run(*inputs))
+    def once() -> tuple[Tensor, ...]:
+        raw, features = ask(*inputs)
+        names[:] = features
+        return (raw, *features.values())
+
+    # what a network draws while it is warmed up is not missing after
+    with torch.random.fork_rng([device]), torch.cuda.device(device):
+        run = _there(once, pool.handle) if trained is None else _there_and_back(once, trained, pool.handle)
+
+    def again(*values: Tensor, pool: _Pool = pool) -> tuple[Tensor, dict[str, Tensor]]:
+        for place, value in zip(inputs, values, strict=True):
+            place.copy_(value.detach())
+        raw, *features = run()
+        return raw, dict(zip(names, features, strict=True))
 
     return again
 
 
-class _Pass(nn.Module):
-    """A pass as a module of tensors alone, which is what torch can capture with its gradient."""
-
-    def __init__(self, ask: Tapped, network: nn.Module | None) -> None:
-        super().__init__()
-        self.network = network
-        self._ask = ask
-        self._names: tuple[str, ...] = ()
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        raw, features = self._ask(*inputs)
-        self._names = tuple(features)
-        return (raw, *features.values())
-
-    def named(self, values: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        raw, *features = values
-        return raw, dict(zip(self._names, features, strict=True))
-
-
-def _forward(one: _Pass, inputs: tuple[Tensor, ...], pool: Any) -> Callable[..., Any]:
+def _there(once: Pass, pool: Any) -> Pass:
     with torch.no_grad():
-        captured = capture(lambda: one(*inputs), pool, inputs[0].device)
+        captured = record(once, pool, warmed_up(once))
 
-    def run(*values: Tensor) -> Any:
-        for place, value in zip(inputs, values, strict=True):
-            place.copy_(value)
+    def run() -> tuple[Tensor, ...]:
         captured.replay()
-        return captured.output
+        found: tuple[Tensor, ...] = captured.output
+        return found
 
     return run
 
 
-def _both(one: _Pass, inputs: tuple[Tensor, ...], pool: Any) -> Callable[..., Any]:
-    with torch.cuda.device(inputs[0].device):
-        made: Callable[..., Any] = torch.cuda.make_graphed_callables(one, inputs, allow_unused_input=True, pool=pool)
-        return made
+def _there_and_back(once: Pass, network: nn.Module, pool: Any) -> Pass:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def gradients(outputs: Sequence[Tensor], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        asked = [out for out, grad in zip(outputs, given, strict=True) if grad is not None]
+        found = torch.autograd.grad(asked, parameters, [g for g in given if g is not None], allow_unused=True)
+        # fused optimisers take all they work on to be strided alike
+        return tuple(
+            g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for p, g in zip(parameters, found, strict=True)
+        )
+
+    def places(outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        return [torch.zeros_like(out) if out.requires_grad else None for out in outputs]
+
+    def both() -> None:
+        outputs = once()
+        gradients(outputs, places(outputs))
+
+    stream = warmed_up(both)
+    there = record(once, pool, stream)
+    given = places(there.output)
+    return Graphed(there, record(lambda: gradients(there.output, given), pool, stream), given, parameters)
+
+
+class Graphed:
+    """A pass with the way back through it, a graph each, that leaves gradients at the parameters themselves.
+
+    As inputs of the pass they would be handed on by autograd one by one, which takes the host longer than the device
+    takes for a small batch. Nothing of autograd's is kept: its nodes belong to the stream on which they were made.
+    """
+
+    def __init__(
+        self, there: Captured, back: Captured, given: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """``back`` goes from gradients of the output of ``there``, in ``given``, to those of ``parameters``."""
+        self._there, self._back = there.replay, back.replay
+        self._outputs = tuple(out.detach() for out in there.output)
+        self._given = tuple(given)
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = [
+            (p, g) for p, g in zip(parameters, back.output, strict=True) if g is not None
+        ]
+        # for its sake autograd comes back
+        self._gate = torch.zeros((), device=self._outputs[0].device, requires_grad=True)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The outputs for what the inputs hold."""
+        found: tuple[Tensor, ...] = _Gate.apply(self._gate, self)
+        return found
+
+    def there(self) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The outputs, and those of them that no gradient comes back to."""
+        self._there()
+        outputs = tuple(out.detach() for out in self._outputs)
+        return outputs, [out for out, grad in zip(outputs, self._given, strict=True) if grad is None]
+
+    def back(self, gradients: Sequence[Tensor]) -> None:
+        """From gradients of the outputs to those of the parameters, added to what they have."""
+        for place, gradient in zip(self._given, gradients, strict=True):
+            if place is not None:
+                place.copy_(gradient)
+        self._back()
+        for parameter, gradient in self._gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, graphs: Graphed) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        outputs, constant = graphs.there()
+        ctx.mark_non_differentiable(*constant)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        ctx.graphs.back(gradients)
+        return None, None
 
 
 class _Pool:
