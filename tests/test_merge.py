@@ -72,7 +72,7 @@ def test_a_row_without_an_identity_gives_way_to_those_that_have_one(whole):
     several = [row for row in plan["rows"] if row["wrapper"].startswith("o2mkd")]
     assert len(several) > 1
     for row in several:
-        row |= {"cell": "", "status": "unresolved"}
+        row |= {"cell": "", "status": "unresolved", "spacing": None, "clip": None}
     assert rows(merge([plan, copy.deepcopy(plan)])) == plan["rows"]
     # one of them has been made, and stands in its place
     done = {**copy.deepcopy(whole), "rows": [row for row in whole["rows"] if row["cell"] == several_cell(whole)]}
@@ -93,6 +93,16 @@ def test_an_unknown_baseline_gives_way_to_the_row_that_is_it(whole):
     assert len(merge([plan, done])["rows"]) == len(plan["rows"])
     next(row for row in done["rows"] if row["cell"] == lone["cell"])["baseline_of"] = of
     assert rows(merge([plan, done])) == done["rows"]
+
+
+def test_a_row_is_the_baseline_of_all_that_one_part_says(whole):
+    other = part(whole, lambda row: False)
+    index = next(n for n, row in enumerate(whole["rows"]) if row["baseline_of"])
+    first = whole["rows"][index]["baseline_of"]
+    other["rows"][index]["baseline_of"] = ["equal_total of another", *first]
+    assert merge([whole, other])["rows"][index]["baseline_of"] == [*first, "equal_total of another"]
+    whole["rows"][index]["baseline_of"] = None
+    assert merge([whole, other])["rows"][index]["baseline_of"] == ["equal_total of another", *first]
 
 
 def test_lines_of_one_name_are_said_with_their_cells(whole):

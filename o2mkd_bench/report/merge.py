@@ -7,11 +7,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import UserError
-from .lines import CELL, Results, Row, same_protocol
+from ..core.plan import AXES
+from .lines import Results, Row, same_protocol
 
 # From the best: what one document knows of a cell that another has not reached.
 _STANDINGS = ("done", "failed", "unresolved", "missing")
-_LABELS = tuple(label for label in (*CELL, "seed") if label != "wrapper")
+# no more than a plan knows of a cell whose stages it cannot name
+_LABELS = tuple(label for label in AXES if label != "wrapper")
 _HEAD = ("created", "machine", "versions", "git_commit")
 _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 
@@ -19,9 +21,10 @@ _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 def merge(documents: Sequence[Results]) -> dict[str, Any]:
     """Every cell of ``documents`` once, in the order in which they are first listed.
 
-    A cell that several have is that of the first which finished it; what this lacks, a speed say, is the next one's.
-    A row that has no identity yet gives way to those of its name that have one. ``runs`` tells when and where the rows
-    that are done were made, and how many each run gave; a row's ``run`` is its place there.
+    A cell that several have is that of the first which finished it; what this lacks, a speed say, is the next one's. It
+    is the baseline of all that any of them says. A row that has no identity yet gives way to those of its name that
+    have one. ``runs`` tells when and where the rows that are done were made, and how many each run gave; a row's
+    ``run`` is its place there.
 
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
@@ -106,6 +109,9 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
     merged = dict(found[0])
     for row in found[1:]:
         merged |= {key: value for key, value in row.items() if merged.get(key) in (None, {}) and value is not None}
+    # a slice does not plan the rows of all others
+    of = dict.fromkeys(text for row in found for text in row.get("baseline_of") or ())
+    merged["baseline_of"] = list(of) or None
     if merged["status"] == "done":
         # why another run had not come so far
         merged["reason"] = found[0].get("reason")
