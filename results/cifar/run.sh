@@ -126,14 +126,14 @@ wanted() {
 }
 
 # slice NAME SECONDS SUITE ARGUMENT...: print its command, and run it if it is asked for
-# crew: processes that share the GPU, where it is more than one
-found=0 failed=0 crew=''
+# crew: processes that share the GPU, where it is more than one; kept: the folder for its table
+found=0 failed=0 crew='' kept=$work/slices
 slice() {
   local name=$1 seconds=$2 file=$3 begun left status
   shift 3
   wanted "$name" || return 0
   found=1
-  local ends=(--store "$store" --out "$work/slices/$name")
+  local ends=(--store "$store" --out "$kept/$name")
   local command=(o2mkd-bench run "$file" "$@" "${ends[@]}" ${crew:+--workers "$crew"})
   echo "# $name: about $seconds s"
   shown "${command[@]}"
@@ -158,6 +158,14 @@ slice() {
 
 machine() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | grep . || uname -m; }
 
+# tiny NAME: arguments for students of a few steps, of a budget and a teacher of that name
+tiny() {
+  small=(--set seeds=[0] --set "budgets=[{name: $1, images: $warm_images}]" --set sampling.images=1280
+    --set baselines=[] --set include=[] --set exclude=[])
+  # nobody asks what this teacher scores
+  [[ -e $CIFAR_TEACHER ]] && small+=(--set "teachers=[{name: $1, path: $CIFAR_TEACHER}]")
+}
+
 # warm [CONFIG]: compile everything the headline needs at once, on as many cores as there are; the slices then find it
 # in the cache. What else this makes, data, teacher and reference, they need anyway.
 warm() {
@@ -167,12 +175,10 @@ warm() {
     stand_ins "$work/stand-ins" "$1" || return
     local -x CIFAR_TEACHER=$work/stand-ins/teacher CIFAR10_ROOT=$work/stand-ins/data
   fi
-  local tiny=(o2mkd-bench run "$suite" --store "$store" --set seeds=[0]
-    --set "budgets=[{name: warm, images: $warm_images}]" --set 'samplers=[{ddim: {steps: 2}}]'
-    --set sampling.images=1280 --set sampling.teacher_steps=[]
-    --set 'wrappers=[single, {o2mkd: {students: 4}}]' --set baselines=[] --set exclude=[])
-  # nobody asks what this teacher scores
-  [[ -e $CIFAR_TEACHER ]] && tiny+=(--set "teachers=[{name: warm, path: $CIFAR_TEACHER}]")
+  local small
+  tiny warm
+  local tiny=(o2mkd-bench run "$suite" --store "$store" "${small[@]}" --set 'samplers=[{ddim: {steps: 2}}]'
+    --set sampling.teacher_steps=[] --set 'wrappers=[single, {o2mkd: {students: 4}}]')
   local begun=$SECONDS student method name done=yes
   # threads that wait for each other spin, and with more of them than cores each waits for all
   local cores=$(nproc) side=$(($(wc -w <<<"$students") * ${#methods[@]} + 1))
@@ -182,7 +188,7 @@ warm() {
     for method in "${!methods[@]}"; do
       name=$student-$method
       # raw weights alone: a teacher has none, and its row stays away
-      timeout "$limit" "${tiny[@]}" --set include=[] --set sampling.weights=[raw] --only weights=raw \
+      timeout "$limit" "${tiny[@]}" --set sampling.weights=[raw] --only weights=raw \
         --set "methods=[${methods[method]}]" --only student="$student" --out "$work/warm-$name" \
         >"$work/warm-$name.log" 2>&1 &
       pids[$name]=$!
@@ -198,8 +204,17 @@ warm() {
   echo "compiled in $((SECONDS - begun)) s" >&2
 }
 
-# main SECONDS NAME ARGUMENT...: a slice of the suite for all seeds, without speeds: those are read once, for all seeds
-# and methods
+# speeds NAME SECONDS ARGUMENT...: speeds alone. They are of architectures, samplers and edges and not of weights, so that
+# students of a few steps have those of the whole table. It finds them in the store; their own table is no part of it.
+speeds() {
+  local name=$1 seconds=$2 small
+  shift 2
+  tiny speed
+  kept=$work/speeds slice "$name" "$seconds" "$suite" "${small[@]}" --only method=output --only weights=ema \
+    --only sampler=ddim,dpm_solver --only student="$(comma $students)" "$@"
+}
+
+# main SECONDS NAME ARGUMENT...: a slice of the suite for all seeds, without speeds
 main() {
   local seconds=$1 name=$2
   shift 2
@@ -209,8 +224,7 @@ main() {
 }
 
 slices() {
-  local seed student both
-  both=$(comma $students)
+  local seed student
   local headline=(--only wrapper=single,o2mkd-4 --only budget=819k --only sampler=ddim,dpm_solver)
   local output=(--only method=output --only budget=819k)
   # their baseline is the one student of the headline, which is not to be trained again where its store is gone
@@ -226,9 +240,9 @@ slices() {
     main "$(of "$student" 540 400)" "features-$student" --only method=output+feature "${headline[@]}" \
       --only student="$student"
   done
-  slice speed 200 "$suite" --only method=output "${headline[@]}" --only weights=ema --only student="$both" --only seed="${seeds%% *}"
+  speeds speed 200 --only wrapper=single,o2mkd-4
   # needs the students of the headline in the store, else it trains them anew
-  main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$both"
+  main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$(comma $students)"
 
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
@@ -250,8 +264,7 @@ slices() {
     main 600 "progressive-$student" "${output[@]}" --only wrapper=single,o2mkd-4 --only sampler=progressive \
       --only student="$student"
   done
-  slice speed-edges 240 "$suite" "${lone[@]}" --only wrapper=$students_and_edges --only student="$both" \
-    --only seed="${seeds%% *}"
+  speeds speed-edges 240 --only wrapper=$students_and_edges --set sampling.teacher_steps=[]
   # eight times the budget
   if [[ " $students " == *" quarter "* ]]; then
     main 2000 each-8-quarter "${output[@]}" --only wrapper=o2mkd-8-per-student --only student=quarter
