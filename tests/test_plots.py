@@ -185,6 +185,23 @@ def test_quality_counts_macs_where_nothing_was_timed(drawn: Callable[..., Figure
     assert list(ladder.get_xdata()) == [48_200_000 * n for n in (4, 5, 8, 10, 15, 20, 50)]
 
 
+def test_what_was_not_timed_is_named_beside_what_was(drawn: Callable[..., Figure]) -> None:
+    whole = make(seeds=(0,))
+    wrappers = list(dict.fromkeys(each["wrapper"] for each in whole["rows"] if each["wrapper"]))
+    for each in whole["rows"]:
+        each["speed"] = None if each["wrapper"] == wrappers[-1] else each["speed"]
+    figure = drawn(quality_vs_speed, whole)
+    said = legend(figure)
+    assert f"output {wrappers[-1]}" in said[said.index("not timed, not drawn") :]
+    assert wrappers[-1] not in said[: said.index("not timed, not drawn")]
+    # many are counted
+    for each in whole["rows"]:
+        each["speed"] = each["speed"] if each["role"] == "teacher" else None
+    *_, last = legend(drawn(quality_vs_speed, whole))
+    names = {(each["method"], each["wrapper"]) for each in whole["rows"] if each["role"] != "teacher"}
+    assert last == f"{len(names) - 3} more"
+
+
 def test_raw_weights_are_pale_only_beside_ema(drawn: Callable[..., Figure]) -> None:
     rows = [row("half", "output", "single", steps=n, seed=0, weights=w) for n in (5, 10) for w in ("ema", "raw")]
     both = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows})

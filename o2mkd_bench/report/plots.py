@@ -31,6 +31,8 @@ DASHES = ("-", "--", ":", "-.")
 SAMPLERS = (("-", "full"), ("--", "bottom"), (":", "left"), ("-.", "top"), ((0, (6, 2, 1, 2, 1, 2)), "right"))
 _RING: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markerfacecolor": "white"}
 _EDGE: dict[str, Any] = {"linestyle": (0, (4, 4)), "linewidth": 0.8, "alpha": 0.7}
+# names of what is not drawn
+_ABSENT = 4
 # no wrapper's
 _NEUTRAL: dict[str, Any] = {"color": "#555555", "marker": "h", "markersize": 6.5}
 
@@ -76,9 +78,9 @@ def _looks(
 def quality_vs_speed(results: Results, path: Path) -> None:
     """The first metric (log) against images/s (log), or MACs per image where nothing was timed; a panel a dataset.
 
-    Colour: method, black for the teacher; marker: wrapper, with a black edge for a baseline; size: student; line and
-    fill: sampler. Points have their NFE beside them where there is room; bars are one standard deviation. Cells that
-    differ only in steps are joined.
+    Where some were timed, those that were not are named beside it. Colour: method, black for the teacher; marker:
+    wrapper, with a black edge for a baseline; size: student; line and fill: sampler. Points have their NFE beside them
+    where there is room; bars are one standard deviation. Cells that differ only in steps are joined.
 
     Raises:
         UserError: when the results mix protocols in one column.
@@ -86,6 +88,9 @@ def quality_vs_speed(results: Results, path: Path) -> None:
     parts = sections(results)
     datasets = list(dict.fromkeys(part.dataset for part in parts))
     scored = [line for part in parts for line in part.lines if line.scores]
+    timed = {line["dataset"] for line in scored if line.mean("images_per_second")}
+    untimed = [li for li in scored if li["dataset"] in timed and not li.mean("images_per_second")]
+    scored = [li for li in scored if li["dataset"] not in timed or li.mean("images_per_second")]
     students = [line for line in scored if not line.is_teacher]
     looks = _looks(students, "method", ("wrapper", MARKERS), samplers=[line.text("sampler") for line in scored])
     with panels(max(len(datasets), 1), path) as (figure, every):
@@ -94,14 +99,14 @@ def quality_vs_speed(results: Results, path: Path) -> None:
             if not mine:
                 empty(axes, "no scores yet")
                 continue
-            _quality(axes, mine, next(part.metrics[0] for part in parts if part.dataset == dataset), looks)
+            metric = next(part.metrics[0] for part in parts if part.dataset == dataset)
+            _quality(axes, mine, metric, looks, dataset in timed)
             axes.set_title(wrapped(dataset))
-        _quality_legend(figure, looks, len(students) < len(scored))
+        _quality_legend(figure, looks, len(students) < len(scored), untimed)
 
 
-def _quality(axes: Axes, mine: Sequence[Line], metric: Metric, looks: Looks) -> None:
+def _quality(axes: Axes, mine: Sequence[Line], metric: Metric, looks: Looks, timed: bool) -> None:
     scored = [line for line in mine if metric.column in line.scores]
-    timed = any(line.mean("images_per_second") for line in scored)
     key = "images_per_second" if timed else "macs_per_image"
     paths: defaultdict[tuple[str, ...], list[tuple[float, Line]]] = defaultdict(list)
     names = ("role", "teacher", "student", "method", "wrapper", "sampler", "budget", "weights", "spacing", "clip")
@@ -151,9 +156,12 @@ def _alpha(line: Line, looks: Looks) -> float:
     return 0.35 if looks.pale and line["weights"] == "raw" else 1.0
 
 
-def _quality_legend(figure: Figure, looks: Looks, teacher: bool) -> None:
+def _quality_legend(figure: Figure, looks: Looks, teacher: bool, untimed: Sequence[Line]) -> None:
     from matplotlib.lines import Line2D
 
+    names = (f"{line.text('method')} {line.text('wrapper')}".strip() or "teacher" for line in untimed)
+    absent = list(dict.fromkeys(names))
+    shown = absent if len(absent) <= _ABSENT else [*absent[: _ABSENT - 1], f"{len(absent) - _ABSENT + 1} more"]
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
     edged = {**grey, "marker": "h", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 1.2}
     found = [
@@ -165,6 +173,8 @@ def _quality_legend(figure: Figure, looks: Looks, teacher: bool) -> None:
         *entries("sampler", "line, fill", looks.samplers, lambda look: {**_NEUTRAL, **_drawn_by(look)}),
         *([Line2D([], [], color="#bbbbbb", linewidth=3, label="pale: raw weights")] if looks.pale else []),
         *([heading("numbers: NFE", bold=False)] if looks.samplers else []),
+        *([heading("not timed, not drawn")] if shown else []),
+        *(heading(text, bold=False) for text in shown),
     ]
     legend(figure, found)
 
