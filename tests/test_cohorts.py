@@ -8,7 +8,7 @@ import torch
 from toy import Events, session, suite, walk_of
 
 from o2mkd_bench.core.cohorts import gather, stream_of
-from o2mkd_bench.core.errors import CorruptArtifact, StageFailed
+from o2mkd_bench.core.errors import CorruptArtifact, StageFailed, UserError
 from o2mkd_bench.core.plan import Cell, Plan, Stage
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.engine.distil import Distil
@@ -235,6 +235,18 @@ def test_free_memory_is_said_in_bytes(monkeypatch, tmp_path):
     assert cohort.free_memory("cpu") == 20 * 1024
     cohort.MEMINFO.write_text("nothing here\n", encoding="ascii")
     assert cohort.free_memory("cpu") == math.inf
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("No CUDA GPUs are available"), AssertionError("Torch not compiled with CUDA enabled")]
+)
+def test_a_gpu_that_torch_cannot_use_is_one_clear_sentence(error, monkeypatch):
+    def refuse(device):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    with pytest.raises(UserError, match=rf"device 'cuda:1' .* cannot use it \(.*{error}\); .* --device cpu"):
+        cohort.free_memory("cuda:1")
 
 
 # --- those that leave

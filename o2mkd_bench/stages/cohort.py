@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 
+from ..core.errors import UserError
 from ..core.plan import Stage
+from ..engine.compiled import one_line
 from ..engine.loop import OUT_OF_MEMORY, Left, Member, train_together
 from ..engine.shared import Source, Teacher
 from .bench import Bench
@@ -86,9 +88,20 @@ class Cohort:
 
 
 def free_memory(device: str) -> float:
-    """Bytes that are free on the device; infinite where the system does not say."""
+    """Bytes that are free on the device; infinite where the system does not say.
+
+    Raises:
+        UserError: for a GPU that torch cannot use: no driver or an old one, a build for the CPU, another process alone
+            on it, an MPS daemon that does not have it.
+    """
     if device.startswith("cuda"):
-        return float(torch.cuda.mem_get_info(device)[0])
+        try:
+            return float(torch.cuda.mem_get_info(device)[0])
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"device {device!r} is what nvidia-smi shows, but torch {torch.__version__} cannot use it "
+                f"({one_line(error)}); mend that, or run with --device cpu"
+            ) from None
     try:
         # what the file cache would give back counts as free
         text = MEMINFO.read_text(encoding="ascii")
