@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from o2mkd_bench import Interval, Job, Law, Lift, NoiseSchedule, UserError
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.jobs import check_jobs, lineage, total_images
-from o2mkd_bench.core.training import baseline_steps
+from o2mkd_bench.core.training import baseline_batch, baseline_steps
 from o2mkd_plugins.wrappers.intervals import snr, uniform
 from o2mkd_plugins.wrappers.o2mkd import O2MKD
 from o2mkd_plugins.wrappers.options import O2MKDOptions, SingleOptions
@@ -304,6 +304,9 @@ def test_baselines_see_what_the_lifted_jobs_see():
     assert baseline_steps(total, "per_student", 120) == 300 + 350
     assert baseline_steps(each, "per_student", 120) == 1000
     assert baseline_steps(each, "equal_total", 120) == 250 + 2 * 750
+    assert [baseline_batch(jobs, "per_student", 120) for jobs in (total, each)] == [120, 120]
+    assert [baseline_batch(jobs, "equal_batch", 120) for jobs in (total, each)] == [60, 60]
+    assert baseline_steps(total, "equal_batch", 60) == 2000
 
 
 @pytest.mark.parametrize(

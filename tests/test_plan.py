@@ -329,6 +329,22 @@ def test_the_equal_total_baseline_sees_the_exact_total(plan):
     assert sum(j.images for j in lifted.trained.jobs) == sum(j.images for j in baseline.trained.jobs) == 340 * 64
 
 
+def test_the_equal_batch_baseline_sees_the_total_in_the_batch_of_an_expert(plan):
+    named = {"single": {}, "label": "small", "training": {"batch": 32}}
+    found = plan(wrappers=["o2mkd", named, "single"], baselines=["equal_total", "equal_batch"])
+    assert {(c.labels["wrapper"], c.baseline_of) for c in found.cells if c.role != "teacher"} == {
+        ("o2mkd", ()),
+        ("small", ("equal_batch of o2mkd",)),
+        ("single", ("equal_total of o2mkd",)),
+    }
+    whole = {"o2mkd": {"students": 4, "expert_batch": "full"}, "training": {"batch": 128}, "label": "four"}
+    quarter = {"o2mkd": {"students": 4}, "label": "quarter"}
+    found = plan(wrappers=[whole, quarter], baselines=["equal_batch"])
+    (full,) = (c for c in rows(found, "baseline") if c.baseline_of == ("equal_batch of four",))
+    (small,) = (c for c in rows(found, "baseline") if c.labels["wrapper"] == "single (batch of quarter)")
+    assert [(j.batch, j.steps) for c in (full, small) for j in c.trained.jobs] == [(128, 98), (16, 800)]
+
+
 def test_a_wrapper_that_lifts_nothing_has_no_baselines(plan):
     assert not rows(plan(wrappers=[{"single": {"scale": 2}}], baselines=["equal_total"]), "baseline")
 

@@ -330,18 +330,21 @@ def test_nothing_is_said_of_one_seed_or_of_another_cell() -> None:
 def test_one_baseline_of_several_and_several_of_one() -> None:
     both = {"baseline_of": ["equal_total of o2mkd-2", "equal_total of o2mkd-4"]}
     made = {"role": "baseline", "baseline_of": ["per_student of o2mkd-4"], "images_total": 25_000}
+    small = {"baseline_of": ["equal_batch of o2mkd-4"]}
     results = of(
         [
             *scored("o2mkd-2", 10.0, 11.0),
             *scored("o2mkd-4", 10.0, 11.0),
             *scored("single", 13.0, 14.0, **both),
             *scored("single (per student of o2mkd-4)", 5.0, 6.0, **made),
+            *scored("single-batch-16", 8.0, 8.5, **small),
         ]
     )
     assert [(line["wrapper"], line["against"], line["verdict"]) for line in judged(results)] == [
         ("o2mkd-2", "single (equal total)", "better"),
         ("o2mkd-4", "single (equal total)", "better"),
         ("o2mkd-4", "single (per student of o2mkd-4)", "worse"),
+        ("o2mkd-4", "single-batch-16 (equal batch)", "worse"),
     ]
 
 

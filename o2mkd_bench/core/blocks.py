@@ -107,7 +107,7 @@ Compile = Annotated[
     BeforeValidator(_switch),
     WithJsonSchema({"enum": ["auto", "on", "off", "max", True, False]}),
 ]
-Baseline = Literal["equal_total", "per_student"]
+Baseline = Literal["equal_total", "per_student", "equal_batch"]
 UNIQUE = AfterValidator(_unique)
 _LADDER_SCHEMA = {"anyOf": [*_COUNT_SCHEMA["anyOf"], {"type": "array", "items": _COUNT_SCHEMA}]}
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), UNIQUE]

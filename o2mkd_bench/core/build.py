@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .blocks import Baseline
 from .edges import Undecided
 from .errors import UserError
 from .inputs import Inputs, Locate
@@ -16,11 +17,14 @@ from .plan import AXES, Cell, Plan, Trained
 from .plugins import Registry
 from .plugins import registry as default_registry
 from .suite import Budget, MethodEntry, Rule, StudentEntry, Suite, TeacherEntry, WrapperEntry
-from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_steps
+from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_batch, baseline_steps
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
 
 MOST_CELLS = 25_000
+
+# what a baseline has of the wrapper that it stands beside
+_OF: Mapping[Baseline, str] = {"equal_total": "total", "per_student": "per student", "equal_batch": "batch"}
 
 Labels = Mapping[str, Any]
 Rows = tuple[tuple[Draw, Labels], ...]
@@ -216,16 +220,18 @@ class Builder:
         for cell in self._rows(recipe, self.trainer.train(recipe, jobs), branch.rows, "student"):
             yield replace(cell, measured=measured) if measured else cell
         for rule, name, rows in self._baselines(branch):
-            plain = replace(recipe, tag=f"{tag}/{name}")
-            job = self.trainer.plain(plain, baseline_steps(jobs, rule, self.trainer.training(plain).batch))
+            batch = baseline_batch(jobs, rule, self.trainer.training(recipe).batch)
+            training = branch.wrapper.training.model_copy(update={"batch": batch})
+            wrapper = branch.wrapper.model_copy(update={"training": training})
+            plain = replace(recipe, tag=f"{tag}/{name}", wrapper=wrapper)
+            job = self.trainer.plain(plain, baseline_steps(jobs, rule, batch))
             of = (f"{rule} of {branch.wrapper.label}",)
             yield from self._rows(plain, self.trainer.train(plain, (job,)), rows, "baseline", of)
 
     def _baselines(self, branch: Branch) -> Iterator[tuple[str, str, Rows]]:
         """The rule, the name and the rows of each single student that stands beside a wrapper's several."""
         for rule in self.suite.baselines if branch.wrapper.use.plugin.load().lifts else ():
-            share = "total" if rule == "equal_total" else "per student"
-            name = f"single ({share} of {branch.wrapper.label})"
+            name = f"single ({_OF[rule]} of {branch.wrapper.label})"
             yield rule, name, tuple((draw, {**labels, "wrapper": name}) for draw, labels in branch.rows)
 
     def _undecided(self, branch: Branch, why: Undecided) -> Iterator[Cell]:

@@ -145,6 +145,9 @@ class Suite(Block):
         cuda_graphs: whether sampling replays a network's call as a CUDA graph; ``auto`` is wherever there is CUDA.
         cohort: students that train on one teacher pass; ``auto`` is as many as share a stream and fit into memory.
         checkpoint_activations: students compute activations twice instead of keeping them.
+        baselines: which one student stands beside several: ``equal_total``, with as many images as they see in all;
+            ``per_student``, with as many as the one of them that sees most; ``equal_batch``, with as many as in all, in
+            steps of as many as one of them sees in a step.
         time_limit: seconds a stage may take before it is ended and has failed, n that train together n times as many.
     """
 

@@ -142,7 +142,7 @@ def _fair(line: Line, baseline: Line, rule: str) -> bool:
     """Whether ``baseline`` saw what ``rule`` says: equal cells of two budgets are one, which has the rules of both."""
     each = line["images_per_student"]
     longest = [value for value in map(finite, each if isinstance(each, list) else [each]) if value is not None]
-    wanted = _images(line) if rule == "equal_total" else max(longest, default=None)
+    wanted = max(longest, default=None) if rule == "per_student" else _images(line)
     seen, batch = _images(baseline), finite(baseline["batch"])
     if wanted is None or seen is None or batch is None:
         return line.text("budget") == baseline.text("budget")

@@ -248,6 +248,7 @@ slices() {
   for student in $students; do
     main 540 "features-light-$student" --only method=output+feature-light "${headline[@]}" --only student="$student"
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
+    main 900 "auto-batch-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto-batch-128 --only student="$student"
     main 600 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
     main 700 "controls-$student" "${lone[@]}" --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal \
