@@ -158,12 +158,12 @@ slice() {
 
 machine() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | grep . || uname -m; }
 
-# tiny NAME: arguments for students of a few steps, of a budget and a teacher of that name
-tiny() {
-  small=(--set seeds=[0] --set "budgets=[{name: $1, images: $warm_images}]" --set sampling.images=1280
+# few_steps NAME: in `few`, arguments for students of a few steps, of a budget and a teacher of that name
+few_steps() {
+  few=(--set seeds=[0] --set "budgets=[{name: $1, images: $warm_images}]" --set sampling.images=1280
     --set baselines=[] --set include=[] --set exclude=[])
   # nobody asks what this teacher scores
-  [[ -e $CIFAR_TEACHER ]] && small+=(--set "teachers=[{name: $1, path: $CIFAR_TEACHER}]")
+  [[ -e $CIFAR_TEACHER ]] && few+=(--set "teachers=[{name: $1, path: $CIFAR_TEACHER}]")
 }
 
 # warm [CONFIG]: compile everything the headline needs at once, on as many cores as there are; the slices then find it
@@ -175,9 +175,9 @@ warm() {
     stand_ins "$work/stand-ins" "$1" || return
     local -x CIFAR_TEACHER=$work/stand-ins/teacher CIFAR10_ROOT=$work/stand-ins/data
   fi
-  local small
-  tiny warm
-  local tiny=(o2mkd-bench run "$suite" --store "$store" "${small[@]}" --set 'samplers=[{ddim: {steps: 2}}]'
+  local few
+  few_steps warm
+  local tiny=(o2mkd-bench run "$suite" --store "$store" "${few[@]}" --set 'samplers=[{ddim: {steps: 2}}]'
     --set sampling.teacher_steps=[] --set 'wrappers=[single, {o2mkd: {students: 4}}]')
   local begun=$SECONDS student method name done=yes
   # threads that wait for each other spin, and with more of them than cores each waits for all
@@ -207,10 +207,10 @@ warm() {
 # speeds NAME SECONDS ARGUMENT...: speeds alone. They are of architectures, samplers and edges and not of weights, so that
 # students of a few steps have those of the whole table. It finds them in the store; their own table is no part of it.
 speeds() {
-  local name=$1 seconds=$2 small
+  local name=$1 seconds=$2 few
   shift 2
-  tiny speed
-  kept=$work/speeds slice "$name" "$seconds" "$suite" "${small[@]}" --only method=output --only weights=ema \
+  few_steps speed
+  kept=$work/speeds slice "$name" "$seconds" "$suite" "${few[@]}" --only method=output --only weights=ema \
     --only sampler=ddim,dpm_solver --only student="$(comma $students)" "$@"
 }
 
