@@ -244,12 +244,18 @@ slices() {
   # needs the students of the headline in the store, else it trains them anew
   main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$(comma $students)"
 
+  local name
+  local -A measured=([auto]=o2mkd-4-auto [auto-batch]=o2mkd-4-auto-batch-128)
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
     main 540 "features-light-$student" --only method=output+feature-light "${headline[@]}" --only student="$student"
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
-    main 900 "auto-batch-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto-batch-128 --only student="$student"
-    main 600 "auto-$student" "${lone[@]}" --only wrapper=o2mkd-4-auto --only student="$student"
+    # measured edges, and so speeds, are each seed's own; these read them of the students that those left in the store
+    for name in auto auto-batch; do
+      main 600 "$name-$student" "${lone[@]}" --only wrapper="${measured[$name]}" --only student="$student"
+      slice "speed-$name-$student" 60 "$suite" "${lone[@]}" --only wrapper="${measured[$name]}" --only student="$student" \
+        --only seed="$(comma $seeds)" --set sampling.teacher_steps=[]
+    done
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
     main 700 "controls-$student" "${lone[@]}" --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal \
       --only student="$student"
