@@ -31,14 +31,14 @@ cores=$(nproc)
 few=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 6 ? cores / 6 : 1))}")
 # the graphs of the bound are those of our loop
 part warm-training 170 "${few[@]}" "$python" benchmarks/training.py "${networks[@]}" --warm --parts bound &
-for one in batch_256 half_width batch_1 batch_1024; do
+compiled=(batch_256 half_width batch_1 batch_1024)
+for one in "${compiled[@]}"; do
   part "warm-$one" 170 "${few[@]}" "$python" benchmarks/sampling.py "${networks[@]}" --warm --parts "$one" &
 done
 part startup 170 "$python" benchmarks/sampling.py "${networks[@]}" --parts startup --json "$out/startup.json" &
 wait
 
-rest="ceiling batch_256 half_width batch_1 batch_1024"
-part sampling 190 "$python" benchmarks/sampling.py "${networks[@]}" --parts $rest --json "$out/sampling.json"
+part sampling 190 "$python" benchmarks/sampling.py "${networks[@]}" --parts ceiling "${compiled[@]}" --json "$out/sampling.json"
 part scoring 140 "$python" benchmarks/scoring.py "${images[@]}" --json "$out/scoring.json"
 part training 200 "$python" benchmarks/training.py "${networks[@]}" --json "$out/training.json"
 "$python" benchmarks/table.py "$out" | tee "$out/table.md"

@@ -164,7 +164,7 @@ class Recording(TorchDispatchMode):
                     place.copy_(value)
 
 
-def recording(run, pool, stream):
+def recording(run, pool, _):
     with Recording() as graph:
         output = run()
     return Captured(torch.no_grad()(graph.replay), output, pool)
@@ -173,6 +173,7 @@ def recording(run, pool, stream):
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Graphs without CUDA."""
+    monkeypatch.setattr("o2mkd_bench.engine.replay.capture", recording)
     monkeypatch.setattr("o2mkd_bench.engine.replay.record", recording)
     monkeypatch.setattr("o2mkd_bench.engine.replay.warmed_up", lambda run: run())
     monkeypatch.setattr("o2mkd_bench.engine.replay._Pool.of", lambda *_: SimpleNamespace(handle=None))

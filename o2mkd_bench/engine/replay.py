@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .compiled import Say, one_line
-from .graphs import Captured, record, warmed_up
+from .graphs import Captured, capture, record, warmed_up
 
 Tapped = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(x, t), or (x, t, condition), to the prediction and the features by name, all float32."""
@@ -81,7 +81,7 @@ def recorded(ask: Tapped, trained: nn.Module | None, *like: Tensor) -> Tapped:
 
     # what a network draws while it is warmed up is not missing after
     with torch.random.fork_rng([device]), torch.cuda.device(device):
-        run = _there(once, pool.handle) if trained is None else _there_and_back(once, trained, pool.handle)
+        run = _there(once, pool.handle, device) if trained is None else _there_and_back(once, trained, pool.handle)
 
     def again(*values: Tensor, pool: _Pool = pool) -> tuple[Tensor, dict[str, Tensor]]:
         for place, value in zip(inputs, values, strict=True):
@@ -92,9 +92,9 @@ def recorded(ask: Tapped, trained: nn.Module | None, *like: Tensor) -> Tapped:
     return again
 
 
-def _there(once: Pass, pool: Any) -> Pass:
+def _there(once: Pass, pool: Any, device: torch.device) -> Pass:
     with torch.no_grad():
-        captured = record(once, pool, warmed_up(once))
+        captured = capture(once, pool, device)
 
     def run() -> tuple[Tensor, ...]:
         captured.replay()

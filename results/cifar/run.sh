@@ -233,14 +233,14 @@ slices() {
   # the teacher alone: its ladder, and what `expect:` in suites/cifar_local.yaml is to say
   slice teacher 110 "$suite" --set 'include=[{student: nobody}]' --only seed=0 --set speed.enabled=false
   for student in $students; do
-    main "$(of "$student" 540 400)" "headline-$student" --only method=output "${headline[@]}" --only weights=ema \
+    main "$(of "$student" 720 680)" "headline-$student" --only method=output "${headline[@]}" --only weights=ema \
       --only student="$student"
-    main "$(of "$student" 540 400)" "batch-$student" "${lone[@]}" --only wrapper=single-batch-128 \
+    main "$(of "$student" 540 340)" "batch-$student" "${lone[@]}" --only wrapper=single-batch-128 \
       --only student="$student"
-    main "$(of "$student" 540 400)" "features-$student" --only method=output+feature "${headline[@]}" \
+    main "$(of "$student" 720 520)" "features-$student" --only method=output+feature "${headline[@]}" \
       --only student="$student"
   done
-  speeds speed 200 --only wrapper=single,o2mkd-4
+  speeds speed 230 --only wrapper=single,o2mkd-4
   # needs the students of the headline in the store, else it trains them anew
   main 310 raw --only method=output "${headline[@]}" --only weights=raw --only student="$(comma $students)"
 
