@@ -20,6 +20,7 @@ from o2mkd_bench.report.canvas import wrapped
 from o2mkd_bench.report.plots import PALETTE, per_timestep, quality_vs_speed, samples_grid
 
 Draw = Callable[[dict[str, Any], Path], None]
+WRAPPERS = ("o2mkd-2", "single", "single (total of o2mkd-2)")
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_settings_of_the_user_neither_count_nor_change(tmp_path: Path) -> None:
 
 
 def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figure]) -> None:
-    figure = drawn(quality_vs_speed, make())
+    figure = drawn(quality_vs_speed, make(students=("half",)))
     (axes,) = figure.axes
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_title()) == ("log", "log", "digits")
     assert axes.get_xlabel().startswith("images/s")
@@ -84,10 +85,9 @@ def test_quality_has_the_ladder_and_a_colour_a_method(drawn: Callable[..., Figur
     assert [text.get_text() for text in axes.texts][:7] == ["4", "5", "8", "10", "15", "20", "50"][::-1]
     assert {text.get_text() for text in axes.texts[7:]} == {"5", "10"}, "students have theirs where there is room"
     assert {"black", *PALETTE[:3]} == {line.get_color() for line in curves(axes)}
-    wrappers = ["o2mkd-2", "single", "single (total of o2mkd-2)", "black edge: baseline"]
     methods = ["attention", "none", "output"]
-    bold = ["method (colour)", "wrapper (shape)", "student (size)"]
-    headed = [bold[0], *methods, bold[1], *wrappers, bold[2], "half", "quarter"]
+    bold = ["method (colour)", "wrapper (shape)"]
+    headed = [bold[0], *methods, bold[1], *WRAPPERS, "black edge: baseline"]
     assert legend(figure) == ["teacher (black)", *headed, "sampler: ddim", "numbers: NFE"]
     assert [t.get_text() for t in figure.legends[0].get_texts() if t.get_fontweight() == "bold"] == bold
 
@@ -97,13 +97,13 @@ def looks(line: Any) -> tuple[str, str]:
 
 
 def test_samplers_differ_in_line_and_fill(drawn: Callable[..., Figure]) -> None:
-    one = make(students=("half",), methods=("output",), seeds=(0,))
+    one = make(students=("half",), methods=("none", "output"), seeds=(0,))
     other = [{**r, "sampler": "dpm_solver", "scores": {"fd_digits": r["scores"]["fd_digits"] / 2}} for r in one["rows"]]
     figure = drawn(quality_vs_speed, {**one, "rows": [*one["rows"], *other]})
     by_colour: dict[str, set[tuple[str, str]]] = {}
     for line in curves(figure.axes[0]):
         by_colour.setdefault(line.get_color(), set()).add(looks(line))
-    assert by_colour == {colour: {("-", "full"), ("--", "bottom")} for colour in ("black", PALETTE[0])}
+    assert by_colour == {colour: {("-", "full"), ("--", "bottom")} for colour in ("black", *PALETTE[:2])}
     handles = dict(zip(legend(figure), figure.legends[0].legend_handles, strict=True))
     assert {looks(handles[name]) for name in ("ddim", "dpm_solver")} == {("-", "full"), ("--", "bottom")}
 
@@ -111,15 +111,48 @@ def test_samplers_differ_in_line_and_fill(drawn: Callable[..., Figure]) -> None:
 def test_a_mark_of_the_legend_means_one_thing(drawn: Callable[..., Figure]) -> None:
     both = drawn(quality_vs_speed, make(seeds=(0,)))
     handles = dict(zip(legend(both), both.legends[0].legend_handles, strict=True))
-    shapes = {handles[name].get_marker() for name in ("o2mkd-2", "single", "single (total of o2mkd-2)")}
+    shapes = {handles[name].get_marker() for name in WRAPPERS}
     assert len(shapes) == 3
-    assert shapes.isdisjoint(handles[name].get_marker() for name in ("half", "quarter", "black edge: baseline"))
-    one = drawn(quality_vs_speed, make(students=("half",), seeds=(0,)))
-    assert "student: half" in legend(one), "which is told apart from nothing"
+    assert handles["black edge: baseline"].get_marker() not in shapes
+    # one method is told apart from nothing, and wrappers have the colours
+    one = drawn(quality_vs_speed, make(students=("half",), methods=("output",), seeds=(0,)))
+    assert "method: output" in legend(one)
+    handles = dict(zip(legend(one), one.legends[0].legend_handles, strict=True))
+    named = {(handles[name].get_marker(), handles[name].get_color()) for name in handles if name in WRAPPERS}
+    assert len({colour for _, colour in named}) == 3
+    assert named == {(line.get_marker(), line.get_color()) for line in curves(one.axes[0])} - {("o", "black")}
+
+
+def test_quality_has_a_panel_a_student_with_the_teacher_in_each(drawn: Callable[..., Figure]) -> None:
+    figure = drawn(quality_vs_speed, make(seeds=(0,)))
+    assert [axes.get_title() for axes in figure.axes] == ["digits · half", "digits · quarter"]
+    half, quarter = ([tuple(line.get_ydata()) for line in curves(axes)] for axes in figure.axes)
+    ladder = [tuple(line.get_ydata()) for line in curves(figure.axes[0]) if line.get_color() == "black"]
+    assert set(half) & set(quarter) == set(ladder)
+    assert len(ladder) == 1
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert [axes.get_ylabel() for axes in figure.axes] == ["fd_digits  (lower is better)", ""]
+
+
+@pytest.mark.parametrize("role", ["student", "baseline"])
+def test_a_baseline_is_marked_whether_it_is_of_the_suite_or_beside_it(role: str, drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "output", name, steps=5, seed=0) for name in ("single", "o2mkd-2")]
+    rows[0] |= {"role": role, "baseline_of": ["o2mkd-2"]}
+    results = {**make(seeds=(0,)), "rows": rows}
+    figure = drawn(quality_vs_speed, results)
+    edges = {line.get_marker(): line.get_markeredgecolor() for line in figure.axes[0].get_lines() if line.get_label()}
+    handles = dict(zip(legend(figure), figure.legends[0].legend_handles, strict=True))
+    assert edges[handles["single"].get_marker()] == "black"
+    assert edges[handles["o2mkd-2"].get_marker()] == "white"
+    figure = drawn(per_timestep, results)
+    ringed = [line.get_color() for line in curves(figure.axes[0]) if line.get_marker() == "o"]
+    handles = dict(zip(legend(figure), figure.legends[0].legend_handles, strict=True))
+    assert ringed == [handles["single"].get_color()]
+    assert "ringed: baseline" in handles
 
 
 def test_labels_cover_neither_points_nor_each_other(drawn: Callable[..., Figure]) -> None:
-    figure = drawn(quality_vs_speed, make(seeds=(0,)))
+    figure = drawn(quality_vs_speed, make(students=("half",), seeds=(0,)))
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) > 8
@@ -179,7 +212,7 @@ def test_long_names_are_whole_and_apart(plot: Draw, drawn: Callable[..., Figure]
 
 
 def test_quality_counts_macs_where_nothing_was_timed(drawn: Callable[..., Figure]) -> None:
-    (axes,) = drawn(quality_vs_speed, rows_without(make(seeds=(0,)), speed=None)).axes
+    (axes,) = drawn(quality_vs_speed, rows_without(make(students=("half",), seeds=(0,)), speed=None)).axes
     assert axes.get_xlabel().startswith("MACs per image")
     ladder = next(line for line in axes.get_lines() if line.get_color() == "black")
     assert list(ladder.get_xdata()) == [48_200_000 * n for n in (4, 5, 8, 10, 15, 20, 50)]
@@ -212,7 +245,8 @@ def test_raw_weights_are_pale_only_beside_ema(drawn: Callable[..., Figure]) -> N
 
 
 def test_scores_that_no_logarithm_takes_are_drawn_plainly(drawn: Callable[..., Figure]) -> None:
-    (axes,) = drawn(quality_vs_speed, rows_without(make(seeds=(0,)), scores={"fd_digits": 0.0})).axes
+    zeros = rows_without(make(students=("half",), seeds=(0,)), scores={"fd_digits": 0.0})
+    (axes,) = drawn(quality_vs_speed, zeros).axes
     assert axes.get_yscale() == "linear"
 
 

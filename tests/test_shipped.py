@@ -120,14 +120,13 @@ def test_the_readings_in_the_readme_of_the_benchmarks_are_the_committed_ones() -
     assert rows == shown[0].splitlines()
 
 
-def test_errors_over_t_are_told_seed_by_seed() -> None:
-    script = [sys.executable, str(ROOT / "results" / "cifar" / "errors.py"), "o2mkd-4", "single"]
+@pytest.mark.parametrize(("asked", "student"), [((), "quarter"), (("output", "half"), "half")])
+def test_errors_over_t_are_told_seed_by_seed(asked: tuple[str, ...], student: str) -> None:
+    script = [sys.executable, str(ROOT / "results" / "cifar" / "errors.py"), "o2mkd-4", "single", *asked]
     told = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.partition(":")[0] for line in told] == ["seed 0", "seed 1", "seed 2"]
-    row, base = (
-        next(r for r in read(ROOT / "results" / "cifar")["rows"] if r["wrapper"] == wrapper and r["probe"])
-        for wrapper in ("o2mkd-4", "single")
-    )
+    rows = [r for r in read(ROOT / "results" / "cifar")["rows"] if r["student"] == student and r["probe"]]
+    row, base = (next(r for r in rows if r["wrapper"] == wrapper) for wrapper in ("o2mkd-4", "single"))
     assert f"  {row['probe']['t'][-1]} {row['probe']['error'][-1] / base['probe']['error'][-1]:.2f}" in told[0]
 
 

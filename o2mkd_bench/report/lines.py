@@ -82,6 +82,11 @@ class Line:
         return bool(self["role"] == "teacher")
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether a verdict is against it, be it of the suite or beside it."""
+        return any(row.get("baseline_of") for row in self.rows)
+
+    @property
     def done(self) -> int:
         return sum(row["status"] == "done" for row in self.rows)
 

@@ -18,6 +18,7 @@ from .lines import Line, Metric, Results, lines, sections
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe & Ito, "Color universal design": told apart with every common colour blindness; black is the teacher's
 # the second eight are for grids so large that colours would come again
@@ -45,64 +46,69 @@ def _cycle(values: Sequence[Any], looks: Sequence[Any]) -> Look:
 
 @dataclass(frozen=True)
 class Looks:
-    """How lines look: colour, and a shape, by name; ``pale``: raw weights are drawn pale, beside EMA."""
+    """How lines look: colour by the names of ``coloured``, and a shape; ``pale``: raw weights are pale, beside EMA."""
 
+    coloured: str
     colours: Look
     shapes: Look
-    sizes: Look
     samplers: Look
     pale: bool
     baselines: bool
 
 
-def _looks(
-    drawn: Sequence[Line],
-    colour: str,
-    shape: tuple[str, Sequence[Any]],
-    sizes: Sequence[float] = (7.5, 5.0, 3.8, 9.5),
-    samplers: Sequence[str] = (),
-) -> Looks:
+def _looks(drawn: Sequence[Line], colour: str, shape: tuple[str, Sequence[Any]], samplers: Sequence[str] = ()) -> Looks:
     def names(key: str) -> list[str]:
         return sorted(line.text(key) for line in drawn)
 
     return Looks(
+        colour,
         _cycle(names(colour), PALETTE),
         _cycle(names(shape[0]), shape[1]),
-        _cycle(names("student"), sizes),
         _cycle(sorted(samplers), SAMPLERS),
         pale={"raw", "ema"} <= set(names("weights")),
-        baselines="baseline" in names("role"),
+        baselines=any(line.is_baseline for line in drawn),
     )
 
 
 def quality_vs_speed(results: Results, path: Path) -> None:
-    """The first metric (log) against images/s (log), or MACs per image where nothing was timed; a panel a dataset.
+    """The first metric (log) against images/s (log), or MACs per image where nothing was timed.
 
-    Where some were timed, those that were not are named beside it. Colour: method, black for the teacher; marker:
-    wrapper, with a black edge for a baseline; size: student; line and fill: sampler. Points have their NFE beside them
-    where there is room; bars are one standard deviation. Cells that differ only in steps are joined.
+    A panel a dataset, and a student where a dataset has several, each with the teacher. Where some were timed, those
+    that were not are named beside it. Colour: method, or wrapper where there is one method, black for the teacher;
+    marker: wrapper, with a black edge for a baseline; line and fill: sampler. Points have their NFE beside them where
+    there is room; bars are one standard deviation. Cells that differ only in steps are joined.
 
     Raises:
         UserError: when the results mix protocols in one column.
     """
     parts = sections(results)
-    datasets = list(dict.fromkeys(part.dataset for part in parts))
     scored = [line for part in parts for line in part.lines if line.scores]
     timed = {line["dataset"] for line in scored if line.mean("images_per_second")}
     untimed = [li for li in scored if li["dataset"] in timed and not li.mean("images_per_second")]
     scored = [li for li in scored if li["dataset"] not in timed or li.mean("images_per_second")]
     students = [line for line in scored if not line.is_teacher]
-    looks = _looks(students, "method", ("wrapper", MARKERS), samplers=[line.text("sampler") for line in scored])
-    with panels(max(len(datasets), 1), path) as (figure, every):
-        for axes, dataset in zip(every, datasets or [""], strict=True):
-            mine = [line for line in scored if line["dataset"] == dataset]
+    colour = "method" if len({line["method"] for line in students}) > 1 else "wrapper"
+    looks = _looks(students, colour, ("wrapper", MARKERS), samplers=[line.text("sampler") for line in scored])
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for dataset in dict.fromkeys(part.dataset for part in parts):
+        mine = [line for line in scored if line["dataset"] == dataset]
+        sizes = sorted({line.text("student") for line in mine if not line.is_teacher})
+        if len(sizes) < 2:
+            groups[dataset,] = mine
+        for size in sizes if len(sizes) > 1 else ():
+            groups[dataset, size] = [line for line in mine if line.is_teacher or line.text("student") == size]
+    shared = len({key[0] for key in groups}) == 1
+    with panels(max(len(groups), 1), path, sharey=shared) as (figure, every):
+        for i, (axes, (key, mine)) in enumerate(zip(every, (groups or {("",): []}).items(), strict=True)):
             if not mine:
                 empty(axes, "no scores yet")
                 continue
-            metric = next(part.metrics[0] for part in parts if part.dataset == dataset)
-            _quality(axes, mine, metric, looks, dataset in timed)
-            axes.set_title(wrapped(dataset))
-        _quality_legend(figure, looks, len(students) < len(scored), untimed)
+            metric = next(part.metrics[0] for part in parts if part.dataset == key[0])
+            _quality(axes, mine, metric, looks, key[0] in timed)
+            axes.set_title(wrapped(*key))
+            if shared and i % ACROSS:
+                axes.set_ylabel("")
+        _quality_legend(figure, looks, scored, untimed)
 
 
 def _quality(axes: Axes, mine: Sequence[Line], metric: Metric, looks: Looks, timed: bool) -> None:
@@ -137,15 +143,14 @@ def _stroke(line: Line, looks: Looks) -> dict[str, Any]:
     style = {"linestyle": dashes, "fillstyle": fill, "markerfacecoloralt": "white"}
     if line.is_teacher:
         return {**style, "color": "black", "marker": "o", "markersize": 4.5, "linewidth": 1.2, "zorder": 2}
-    colour = looks.colours[line.text("method")]
-    is_baseline = line["role"] == "baseline"
+    colour = looks.colours[line.text(looks.coloured)]
     return {
         **style,
         "color": colour,
         "marker": looks.shapes[line.text("wrapper")],
-        "markersize": looks.sizes[line.text("student")],
-        "markeredgecolor": "black" if is_baseline else "white" if fill == "full" else colour,
-        "markeredgewidth": 1.0 if is_baseline else 0.6,
+        "markersize": 5.5,
+        "markeredgecolor": "black" if line.is_baseline else "white" if fill == "full" else colour,
+        "markeredgewidth": 1.0 if line.is_baseline else 0.6,
         "linewidth": 0.8,
         "alpha": _alpha(line, looks),
         "zorder": 3,
@@ -156,20 +161,19 @@ def _alpha(line: Line, looks: Looks) -> float:
     return 0.35 if looks.pale and line["weights"] == "raw" else 1.0
 
 
-def _quality_legend(figure: Figure, looks: Looks, teacher: bool, untimed: Sequence[Line]) -> None:
+def _quality_legend(figure: Figure, looks: Looks, drawn: Sequence[Line], untimed: Sequence[Line]) -> None:
     from matplotlib.lines import Line2D
 
     names = (f"{line.text('method')} {line.text('wrapper')}".strip() or "teacher" for line in untimed)
     absent = list(dict.fromkeys(names))
     shown = absent if len(absent) <= _ABSENT else [*absent[: _ABSENT - 1], f"{len(absent) - _ABSENT + 1} more"]
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
+    teacher = Line2D([], [], color="black", marker="o", markersize=4.5, label="teacher (black)")
     edged = {**grey, "marker": "h", "markersize": 6.5, "markeredgecolor": "black", "markeredgewidth": 1.2}
     found = [
-        *([Line2D([], [], color="black", marker="o", markersize=4.5, label="teacher (black)")] if teacher else []),
-        *entries("method", "colour", looks.colours, lambda look: {"color": look, "linewidth": 3}),
-        *entries("wrapper", "shape", looks.shapes, lambda look: {**grey, "marker": look}),
+        *([teacher] if any(line.is_teacher for line in drawn) else []),
+        *_told_apart(looks, drawn, grey),
         *([Line2D([], [], label="black edge: baseline", **{**edged, "color": "#cccccc"})] if looks.baselines else []),
-        *entries("student", "size", looks.sizes, lambda look: {**_NEUTRAL, "linestyle": "none", "markersize": look}),
         *entries("sampler", "line, fill", looks.samplers, lambda look: {**_NEUTRAL, **_drawn_by(look)}),
         *([Line2D([], [], color="#bbbbbb", linewidth=3, label="pale: raw weights")] if looks.pale else []),
         *([heading("numbers: NFE", bold=False)] if looks.samplers else []),
@@ -177,6 +181,20 @@ def _quality_legend(figure: Figure, looks: Looks, teacher: bool, untimed: Sequen
         *(heading(text, bold=False) for text in shown),
     ]
     legend(figure, found)
+
+
+def _told_apart(looks: Looks, drawn: Sequence[Line], grey: dict[str, Any]) -> list[Line2D]:
+    methods = sorted({line.text("method") for line in drawn if not line.is_teacher})
+    bars = {name: looks.colours.get(name) for name in methods}
+    marks = {name: {**grey, "marker": shape} for name, shape in looks.shapes.items()}
+    means = "shape"
+    if looks.coloured == "wrapper":
+        marks = {name: {**mark, "color": looks.colours[name]} for name, mark in marks.items()}
+        means = "colour, shape"
+    return [
+        *entries("method", "colour", bars, lambda colour: {"color": colour, "linewidth": 3}),
+        *entries("wrapper", means, marks, lambda mark: mark),
+    ]
 
 
 def _drawn_by(look: tuple[Any, str]) -> dict[str, Any]:
@@ -221,7 +239,7 @@ def _errors(axes: Axes, mine: Sequence[Line], looks: Looks) -> None:
         positive |= bool((error > 0).any())
         style: dict[str, Any] = {"color": looks.colours[line.text("wrapper")], "alpha": _alpha(line, looks)}
         style["linestyle"] = looks.shapes[line.text("student")]
-        axes.plot(t, error, linewidth=1.4, **style, **(_RING if line["role"] == "baseline" else {}))
+        axes.plot(t, error, linewidth=1.4, **style, **(_RING if line.is_baseline else {}))
         for edge in line["edges"] or ():
             axes.axvline(edge, color=style["color"], zorder=1, **_EDGE)
     if positive:

@@ -57,7 +57,7 @@ def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[C
 
 
 def _wrapper(line: Line) -> str:
-    return f"{line.text('wrapper')} {BASELINE if line['baseline_of'] else ''}".strip()
+    return f"{line.text('wrapper')} {BASELINE if line.is_baseline else ''}".strip()
 
 
 def _images(line: Line) -> str:

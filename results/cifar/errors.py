@@ -1,7 +1,7 @@
 """The error over t of one wrapper's students as shares of another's, a line a seed.
 
-``python results/cifar/errors.py WRAPPER OTHER [METHOD [STUDENT]]``: of the students that both have in results.json, with
-output KD and of quarter width unless said otherwise.
+``python results/cifar/errors.py WRAPPER OTHER [METHOD [STUDENT]]``: of the students that both have in
+results.json, with output KD and of quarter width unless said otherwise.
 """
 
 import json
