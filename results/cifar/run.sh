@@ -246,9 +246,11 @@ slices() {
 
   local name
   local -A measured=([auto]=o2mkd-4-auto [auto-batch]=o2mkd-4-auto-batch-128)
+  local controls=single-snr-law,single-normalised,o2mkd-4-snr-equal,o2mkd-4-generalists
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
     main 540 "features-light-$student" --only method=output+feature-light "${headline[@]}" --only student="$student"
+    main 600 "batch-32-$student" "${lone[@]}" --only wrapper=single-batch-32 --only student="$student"
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
     # measured edges, and so speeds, are each seed's own; these read them of the students that those left in the store
     for name in auto auto-batch; do
@@ -257,9 +259,8 @@ slices() {
         --only seed="$(comma $seeds)" --set sampling.teacher_steps=[]
     done
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
-    main 700 "controls-$student" "${lone[@]}" --only wrapper=single-snr-law,single-normalised,o2mkd-4-snr-equal \
-      --only student="$student"
-    main 700 "spending-$student" "${lone[@]}" --only wrapper=o2mkd-4-keep,o2mkd-4-scratch,o2mkd-4-full,o2mkd-4-generalists \
+    main 900 "controls-$student" "${lone[@]}" --only wrapper=$controls --only student="$student"
+    main 600 "spending-$student" "${lone[@]}" --only wrapper=o2mkd-4-keep,o2mkd-4-scratch,o2mkd-4-full \
       --only student="$student"
     main 500 "hints-$student" --only method=feature "${headline[@]}" --only student="$student"
     main 800 "relations-$student" --only method=relation,none "${headline[@]}" --only student="$student"
