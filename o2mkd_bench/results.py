@@ -9,7 +9,7 @@ from typing import Any
 
 from .core.identity import canonical, decisive, identity
 from .core.jobs import Job, lineage, total_images
-from .core.machine import machine_record
+from .core.machine import machine_record, named_device
 from .core.plan import Cell, Trained
 from .core.session import Session
 from .core.status import Standing, Survey
@@ -48,7 +48,7 @@ def document(session: Session) -> dict[str, Any]:
 
 
 def _datasets(session: Session, survey: Survey) -> list[dict[str, Any]]:
-    """What each dataset was read from, with the hash of its content."""
+    """What each dataset was read from, with the hash of its content, and the identity of what was read."""
     found = []
     for name, stage in session.plan.stages.items():
         if stage.kind == "data":
@@ -59,6 +59,7 @@ def _datasets(session: Session, survey: Survey) -> list[dict[str, Any]]:
                     "plugin": stage.spec["name"],
                     "source": stage.local["source"],
                     "fingerprint": stage.spec["fingerprint"],
+                    "identity": name,
                     "images": {split: meta.get(split) for split in ("train", "test")},
                 }
             )
@@ -172,6 +173,7 @@ def _row(session: Session, survey: Survey, standing: Standing) -> dict[str, Any]
             scores |= store.read_json(name, "scores.json")["scores"]
     row: dict[str, Any] = {
         "cell": cell.identity,
+        "recipe": cell.recipe or None,
         "status": standing.status,
         "reason": standing.reason or "; ".join(standing.empty) or None,
         **cell.labels,
@@ -179,7 +181,7 @@ def _row(session: Session, survey: Survey, standing: Standing) -> dict[str, Any]
         "baseline_of": list(cell.baseline_of) or None,
         "nfe": cell.nfe,
         "calls": list(cell.calls),
-        "device": session.machine.name,
+        "device": _device(session, cell) if cell.samples in done else session.machine.name,
         **cell.facts,
         "scores": scores,
         "speed": store.read_json(cell.speed, "speed.json") if cell.speed in done else None,
@@ -189,6 +191,12 @@ def _row(session: Session, survey: Survey, standing: Standing) -> dict[str, Any]
     if cell.trained is not None:
         row |= training_facts(cell.trained) | _costs(survey, cell, cell.trained)
     return row
+
+
+def _device(session: Session, cell: Cell) -> str:
+    """The model of what drew a row's images, which may have been another machine's."""
+    meta = session.store.manifest(cell.samples).meta
+    return named_device(meta["device"], meta["machine"], meta["threads"])
 
 
 def training_facts(trained: Trained) -> dict[str, Any]:
@@ -229,7 +237,6 @@ def _costs(survey: Survey, cell: Cell, trained: Trained) -> dict[str, Any]:
     return {
         "params_total": sum(cost["params"] for cost, _ in called),
         "params_active": max((cost["params"] for cost, calls in called if calls), default=0),
-        "params_used": sum(cost["params"] for cost, calls in called if calls),
         "macs_per_image": sum(cost["macs"] * calls for cost, calls in called),
         "train_seconds": seconds if trained.jobs else None,
         "device_seconds": seconds if trained.jobs and str(metas[0].get("device", "")).startswith("cuda") else None,

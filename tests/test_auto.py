@@ -230,6 +230,20 @@ def test_known_edges_are_literal_edges(tmp_path):
     assert [c.trained.edges for c in students(found.plan)] == [(), (100, 400), (), ()]
 
 
+def test_seeds_with_edges_of_their_own_have_one_recipe(tmp_path):
+    rules = {"baselines": ["equal_total", "equal_batch"]}
+    one, other = (
+        students(planned(tmp_path / str(seed), edges, seeds=[seed], **rules).plan)
+        for seed, edges in enumerate(([100, 400], [200, 500]))
+    )
+    assert [c.trained.edges for c in one] != [c.trained.edges for c in other]
+    by_name = [{c.labels["wrapper"]: c.recipe for c in cells} for cells in (one, other)]
+    shared = by_name[0].keys() & by_name[1].keys()
+    assert {"o2mkd(students=3, intervals=auto)", "single"} <= shared
+    assert [by_name[0][name] for name in shared] == [by_name[1][name] for name in shared]
+    assert len({by_name[0][name] for name in shared}) == len(shared)
+
+
 def test_what_decides_the_edges_stays_in_the_plan_of_a_cell_that_stands_there_literally(tmp_path):
     literal = {"o2mkd": {"students": 3, "intervals": [100, 400]}}
     found = session(suite(wrappers=[literal, AUTO], **FAST), tmp_path)

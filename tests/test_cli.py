@@ -805,6 +805,27 @@ def test_a_reader_that_leaves_is_no_error(there: Finished) -> None:
         assert running.stderr.read() == b""
 
 
+def test_a_disk_that_is_full_of_what_is_printed_is_one_sentence(there: Finished) -> None:
+    code = "import sys; from o2mkd_bench.cli import main; main(sys.argv[1:])"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code, "schema"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (
+        done.stderr == b"error: what was to be printed cannot be written: No space left on device; print it elsewhere\n"
+    )
+    assert done.returncode == 2
+
+
+def test_folders_that_are_not_there_and_suites_among_folders_are_told(
+    call: Call, there: Finished, tmp_path: Path
+) -> None:
+    found = call("report", tmp_path / "a", tmp_path / "b")
+    assert found[:2] == (2, "")
+    assert found.err.startswith(f"error: {tmp_path / 'a'}: there is no such folder; ")
+    found = call("report", there.results, there.suite)
+    assert found[:2] == (2, "")
+    assert found.err.startswith(f"error: {there.suite} is no folder of results as {there.results} is; ")
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -56,6 +56,20 @@ class Numeric(Hint):
         return {**super().terms(ctx), "gap": self.value}
 
 
+class Bare(Hint):
+    """One that gives its loss and no dict of terms."""
+
+    def terms(self, ctx):
+        return ctx.student.square().mean()
+
+
+class Blind(Hint):
+    """One that looks at the teacher alone."""
+
+    def terms(self, ctx):
+        return dict.fromkeys(self.weights(), ctx.teacher.square().mean())
+
+
 class Plain(KDMethod):
     """The diffusion loss, with a draw of its own."""
 
@@ -209,6 +223,8 @@ def test_no_hook_stays_in_any_network():
         (Hint(names=("gap", "hint", "more")), "make weights\\(\\) and terms\\(\\) agree"),
         (Hint(scalar=False), "gives the term 'gap' of shape"),
         (Numeric(0.5), "KD method 'hint' gives a float for the term 'gap'; make it a scalar tensor"),
+        (Bare(), "KD method 'hint' gives a Tensor as its terms; make it a dict of scalar tensors"),
+        (Blind(), "KD method 'hint': no term depends on the student; make the loss of ctx.student"),
         (Numeric(None), "KD method 'hint' gives a NoneType for the term 'gap'; make it a scalar tensor"),
     ],
 )

@@ -37,7 +37,7 @@ class Pull(Objective):
         value = (out - 1).square().mean()
         if step == self.bad_at:
             value = value * self.value
-        return value, {"part": value / 2}
+        return value, {"part": value / 2, "whole": value.detach().new_ones(())}
 
 
 def make(steps=12, offset=0, **training):
@@ -193,9 +193,13 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, damage):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_stage(value):
     learner, _ = make()
-    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step 3; lower the learning rate") as caught:
+    told = r"the loss is (nan|inf) at step 3 \(by part\); lower the learning rate"
+    with pytest.raises(Diverged, match=told) as caught:
         train(SOURCE, Member(learner, Pull(learner.network, 3, value), ALL))
     assert isinstance(caught.value, StageFailed)
+    fresh, _ = make()
+    with pytest.raises(Diverged, match=r"at step 0 \(by part\); nothing was learned yet, so look at the method"):
+        train(SOURCE, Member(fresh, Pull(fresh.network, 0, value), ALL))
 
 
 def test_weights_that_are_not_finite_are_not_stored():

@@ -164,6 +164,25 @@ def test_of_two_that_are_done_the_first_counts(whole):
     assert merge([other, whole])["rows"][0]["scores"] == {"fd_digits": 0.0}
 
 
+def test_the_row_with_more_scores_counts(whole):
+    bare = part(whole, lambda row: True)
+    for row in bare["rows"]:
+        row |= {"scores": {}, "reason": "the network is not here"}
+    for documents in ((bare, whole), (whole, bare)):
+        found = merge(documents)
+        assert rows(found) == whole["rows"]
+        assert {row["reason"] for row in found["rows"]} == {None}
+
+
+def test_one_dataset_read_in_two_ways_is_refused(whole):
+    def read_as(identity):
+        return {**whole, "datasets": [{"dataset": "digits", "fingerprint": "f", **identity}]}
+
+    assert merge([read_as({"identity": "a"}), read_as({"identity": "a"}), read_as({})])
+    with pytest.raises(UserError, match="dataset digits was read with different options"):
+        merge([read_as({"identity": "a"}), read_as({"identity": "b"})])
+
+
 def test_what_is_known_of_metrics_and_references_is_kept(whole):
     blank = part(whole, lambda row: False)
     for entry in blank["metrics"]:

@@ -56,6 +56,13 @@ def test_done_rows_that_failed_or_are_absent_now_are_kept(whole: dict[str, Any],
     assert place(less, tmp_path / "suite")[0] == tmp_path / "suite-3"
 
 
+def test_a_score_that_is_empty_now_is_kept(whole: dict[str, Any], tmp_path: Path) -> None:
+    left(tmp_path / "suite", json.dumps(whole))
+    less = {**whole, "rows": [{**whole["rows"][0], "scores": {}}, *whole["rows"][1:]]}
+    assert place(less, tmp_path / "suite")[0] == tmp_path / "suite-2"
+    assert place(whole, tmp_path / "suite")[0] == tmp_path / "suite"
+
+
 def test_rows_without_an_identity_are_kept(whole: dict[str, Any], tmp_path: Path) -> None:
     nameless = {**whole["rows"][0], "cell": ""}
     left(tmp_path / "suite", json.dumps({**whole, "rows": [nameless]}))

@@ -640,3 +640,29 @@ def test_ten_thousand_cells_share_their_training(plan):
     assert len(stages(found, "student")) == 1250
     # networks by width and number, programs by sampler and steps; the teacher of its own
     assert len(stages(found, "speed")) == (5 * 4) * 20
+
+
+def test_a_recipe_is_how_a_row_is_made_whatever_its_seed(plan):
+    def recipes(**changes):
+        cells = plan(**{**LIFTED, "seeds": [0, 1], "samplers": [{"ddim": {"steps": [2, 4]}}], **changes}).cells
+        found = {}
+        for cell in cells:
+            name = tuple(label for axis, label in cell.labels.items() if axis != "seed")
+            found.setdefault(name, set()).add(cell.recipe)
+        assert all(len(each) == 1 for each in found.values())
+        each = {name: one for name, (one,) in found.items()}
+        assert len(set(each.values())) == len(each)
+        return each
+
+    known = recipes()
+    assert known == recipes(seeds=[7, 8], device="cpu")
+    ways = {
+        "training": {"batch": 64, "lr": 1e-3},
+        "students": [{"name": "half", "width": 1}],
+        "sampling": {"images": 1280},
+        "precision": "bf16",
+    }
+    for key, value in ways.items():
+        other = recipes(**{key: value})
+        assert known.keys() == other.keys()
+        assert not {other[name] for name in other if name[2]} & set(known.values()), key

@@ -235,6 +235,20 @@ def test_what_was_not_timed_is_named_beside_what_was(drawn: Callable[..., Figure
     assert last == f"{len(names) - 3} more"
 
 
+def test_budgets_are_panels_apart_in_their_order(drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "none", "single", steps=n, seed=0, budget=b) for n in (5, 10) for b in ("16k", "128k")]
+    figure = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows, "axes": {"budget": ["16k", "128k"]}})
+    assert [axes.get_title() for axes in figure.axes] == ["digits · 16k", "digits · 128k"]
+    assert [len(curves(axes)) for axes in figure.axes] == [1, 1]
+
+
+def test_many_samplers_look_each_its_own_way(drawn: Callable[..., Figure]) -> None:
+    rows = [row("half", "none", "single", steps=5, seed=0, sampler=f"s{n}") for n in range(8)]
+    figure = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows})
+    handles = dict(zip(legend(figure), figure.legends[0].legend_handles, strict=True))
+    assert len({(str(h.get_linestyle()), h.get_fillstyle()) for name, h in handles.items() if name[0] == "s"}) >= 8
+
+
 def test_raw_weights_are_pale_only_beside_ema(drawn: Callable[..., Figure]) -> None:
     rows = [row("half", "output", "single", steps=n, seed=0, weights=w) for n in (5, 10) for w in ("ema", "raw")]
     both = drawn(quality_vs_speed, {**make(seeds=(0,)), "rows": rows})

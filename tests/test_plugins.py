@@ -13,6 +13,7 @@ from o2mkd_bench import Options, hookimpl
 from o2mkd_bench.core import plugins
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.hookspecs import KINDS
+from o2mkd_bench.core.jobs import Wrapper
 from o2mkd_bench.core.plugins import BUILTIN, Registry, normalised
 
 
@@ -20,7 +21,10 @@ class HuberOptions(Options):
     delta: float = 0.1
 
 
-def module(*names, api=1, kind="kd_methods", target="json:loads", **more):
+OUTPUT = "o2mkd_plugins.kd.output:OutputMatching"
+
+
+def module(*names, api=1, kind="kd_methods", target=OUTPUT, **more):
     @hookimpl(specname=f"register_{kind}")
     def declare(register):
         for name in names:
@@ -44,7 +48,7 @@ def test_a_plugin_is_known_by_what_it_declares_and_loaded_on_demand():
     assert (plugin.version, plugin.paper, plugin.summary, plugin.distribution_version) == ("3", "p", "s", "2.0")
     assert plugin.traits == {"needs_teacher": False}
     assert plugin.parse({"delta": 2}) == HuberOptions(delta=2)
-    assert plugin.load()("[1]") == [1]
+    assert plugin.load().__name__ == "OutputMatching"
     with pytest.raises(ValidationError, match="delte"):
         plugin.parse({"delte": 1})
 
@@ -54,6 +58,31 @@ def test_a_target_that_cannot_be_loaded_is_the_plugins_error(target):
     plugin = made(acme=module("huber", target=target)).get("kd_methods", "huber")
     with pytest.raises(PluginError, match=f"kd_methods:huber of acme cannot load its target '{target}': "):
         plugin.load()
+
+
+class Half(Wrapper):
+    """Has no ``wrap``."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "told"),
+    [
+        ("kd_methods", "json:loads", "no subclass of o2mkd_bench.engine.kd.KDMethod; derive it from that"),
+        ("samplers", OUTPUT, "no subclass of o2mkd_bench.core.program.Sampler; derive it from that"),
+        ("wrappers", "test_plugins:Half", "has no wrap; define what o2mkd_bench.core.jobs.Wrapper leaves open"),
+        ("intervals", "json:__name__", "nothing that can be called"),
+    ],
+)
+def test_a_target_of_the_wrong_sort_is_the_plugins_error(kind, target, told):
+    plugin = made(acme=module("mine", kind=kind, target=target)).get(kind, "mine")
+    with pytest.raises(PluginError, match=f"plugin {kind}:mine of acme: {target} .*{told}"):
+        plugin.load()
+
+
+def test_a_name_that_is_taken_is_listed_with_its_distribution():
+    found = made(acme=module("output", "huber"))
+    with pytest.raises(PluginError, match=r"known are output, huber, acme:output$"):
+        found.get("kd_methods", "strange")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_with_what_is_broken():
@@ -116,6 +145,14 @@ def raising(error):
         (module("huber", api=2), "declares api = 2, this o2mkd-bench offers api = 1"),
         (module("huber", options=NotOptions), "options of kd_methods:huber are no subclass"),
         (module("huber", target="json.loads"), "write it as 'package.module:Attribute'"),
+        (
+            module("huber", needs_techer=False),
+            "has the trait 'needs_techer'; kd_methods have these traits: needs_teacher",
+        ),
+        (
+            module("huber", kind="samplers", fast=True),
+            "samplers:huber has the trait 'fast'; samplers have these traits: none",
+        ),
         (module("huber", "huber"), "kd_methods:huber is registered twice by acme"),
         (unknown_hook(), "register_losses"),
         (raising(RuntimeError("boom")), "RuntimeError: boom"),

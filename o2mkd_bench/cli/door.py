@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -86,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = _run(words or ["--help"])
         sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader (`| head`) has left; nothing may be flushed to it again on the way out
+    except OSError as error:
+        # the reader (`| head`) has left, or its disk is full; nothing may be flushed to it again on the way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
+        if not isinstance(error, BrokenPipeError):
+            code = _complain(f"what was to be printed cannot be written: {error.strerror}; print it elsewhere", WRONG)
     raise SystemExit(code)
 
 
@@ -102,9 +105,9 @@ def _run(words: Sequence[str]) -> int:
         return _complain(error, WRONG)
     except (CorruptArtifact, StageFailed) as error:
         return _complain(f"{error}; run the suite again, which makes damaged artifacts anew", FAILED)
-    except BrokenPipeError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            raise
         if (text := _usage(error)) is not None:
             return _complain(text, WRONG)
         if os.environ.get("O2MKD_TRACEBACK"):

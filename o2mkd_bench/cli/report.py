@@ -71,11 +71,16 @@ def report(
     if against is not None and out is not None:
         raise UserError("--against is printed and never written; leave --out away")
     folders = [path for path in what if path.is_dir() or path.suffix == ".json"]
+    absent = [path for path in what if not path.exists()]
+    if absent and len(what) > 1:
+        raise UserError(f"{absent[0]}: there is no such folder; several that are given are folders of results")
     if folders:
         if any(given is not None for given in (set_, only, seed, device, store)):
             raise UserError(
                 f"{folders[0]} is a folder of results; --set, --only, --seed, --device and --store go with a suite"
             )
+        if suites := [path for path in what if path not in folders]:
+            raise UserError(f"{suites[0]} is no folder of results as {folders[0]} is; report one after the other")
         document = merged_results(what)
         if out is not None:
             from ..report.write import copied, write

@@ -11,6 +11,7 @@ from typing import Any
 from .blocks import Baseline
 from .edges import Undecided
 from .errors import UserError
+from .identity import identity
 from .inputs import Inputs, Locate
 from .measures import Machine, Measures, Subject
 from .plan import AXES, Cell, Plan, Trained
@@ -192,12 +193,12 @@ class Builder:
         if limb.expected is not None:
             assert limb.entry.expect is not None
             draw, labels = limb.expected
-            subject = Subject(source, teacher, trained, labels)
+            subject = Subject(source, teacher, trained, teacher.stage, labels)
             cell = self.measures.cell(subject, draw, "teacher")
             self.measures.expected(limb.entry.expect, subject, cell)
             yield cell
         for draw, labels in limb.rows:
-            yield self.measures.cell(Subject(source, teacher, trained, labels), draw, "teacher")
+            yield self.measures.cell(Subject(source, teacher, trained, teacher.stage, labels), draw, "teacher")
 
     def _students(self, source: Source, teacher: TeacherSource, branch: Branch) -> Iterator[Cell]:
         """The rows of one branch, and those of its baselines."""
@@ -217,7 +218,8 @@ class Builder:
         except Undecided as why:
             yield from self._undecided(branch, why)
             return
-        for cell in self._rows(recipe, self.trainer.train(recipe, jobs), branch.rows, "student"):
+        way = self.trainer.way(recipe)
+        for cell in self._rows(recipe, way, self.trainer.train(recipe, jobs), branch.rows, "student"):
             yield replace(cell, measured=measured) if measured else cell
         for rule, name, rows in self._baselines(branch):
             batch = baseline_batch(jobs, rule, self.trainer.training(recipe).batch)
@@ -226,7 +228,8 @@ class Builder:
             plain = replace(recipe, tag=f"{tag}/{name}", wrapper=wrapper)
             job = self.trainer.plain(plain, baseline_steps(jobs, rule, batch))
             of = (f"{rule} of {branch.wrapper.label}",)
-            yield from self._rows(plain, self.trainer.train(plain, (job,)), rows, "baseline", of)
+            # its steps and batch follow from those of the wrapper, by seed where edges are measured
+            yield from self._rows(plain, identity([rule, way]), self.trainer.train(plain, (job,)), rows, "baseline", of)
 
     def _baselines(self, branch: Branch) -> Iterator[tuple[str, str, Rows]]:
         """The rule, the name and the rows of each single student that stands beside a wrapper's several."""
@@ -248,6 +251,7 @@ class Builder:
     def _rows(
         self,
         recipe: Recipe,
+        way: str,
         trained: Trained,
         rows: Sequence[tuple[Draw, Labels]],
         role: str,
@@ -255,7 +259,8 @@ class Builder:
     ) -> Iterator[Cell]:
         for draw, labels in rows:
             drawn = self.trainer.rounds(recipe, trained, draw) if draw.sampler.needs_rounds else trained
-            yield self.measures.cell(Subject(recipe.source, recipe.teacher, drawn, labels), draw, role, baseline_of)
+            subject = Subject(recipe.source, recipe.teacher, drawn, way, labels)
+            yield self.measures.cell(subject, draw, role, baseline_of)
 
 
 def _labels(draw: Draw) -> dict[str, Any]:

@@ -38,7 +38,9 @@ _EXPECTED = {
 
 def near(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` when ``known`` has something close to ``word``, else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=5)
+    listed = list(known)
+    # what it is already is no correction
+    found = [] if word in listed else difflib.get_close_matches(word, listed, n=5)
     # swapped letters are the commonest slip, and difflib rates them no better than a wrong one (ddmi: ddim, ddpm)
     swapped = [other for other in found if sorted(other) == sorted(word)]
     return f"; did you mean {(swapped or found)[0]!r}?" if found else ""

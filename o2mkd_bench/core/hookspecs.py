@@ -91,7 +91,9 @@ class HookSpecs:
         """Network families, for teachers and students. Target: a subclass of ``o2mkd_bench.core.models.ModelFamily``
         whose module is torch-free.
 
-        Trait ``class_name``: the diffusers class in a ``config.json`` that this family reads.
+        Traits: ``class_name``: the diffusers class, or a tuple of several, in a ``config.json`` that this family reads;
+        ``learned_variance``: True where its networks may give a variance beside epsilon; ``latent``: True where they
+        draw latents of images, from text.
         """
 
     @hookspec
@@ -119,5 +121,23 @@ class HookSpecs:
     def register_executors(self, register: Register) -> None:
         """Executors. Target: a subclass of ``o2mkd_bench.core.executor.Executor`` whose module is torch-free."""
 
+
+BASES = {
+    "kd_methods": "o2mkd_bench.engine.kd.KDMethod",
+    "wrappers": "o2mkd_bench.core.jobs.Wrapper",
+    "samplers": "o2mkd_bench.core.program.Sampler",
+    "datasets": "o2mkd_bench.core.data.DatasetSource",
+    "models": "o2mkd_bench.core.models.ModelFamily",
+    "metrics": "o2mkd_bench.engine.scoring.Metric",
+    "executors": "o2mkd_bench.core.executor.Executor",
+}
+"""What a target must be derived from, where that is a class."""
+
+TRAITS = {
+    "kd_methods": ("needs_teacher",),
+    "models": ("class_name", "learned_variance", "latent"),
+    "metrics": ("columns", "higher_is_better", "network_id", "check_images", "check_network", "needs_captions"),
+}
+"""What a kind knows of."""
 
 KINDS = tuple(name.removeprefix("register_") for name in vars(HookSpecs) if name.startswith("register_"))

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,10 +98,14 @@ def device_name(device: str) -> str:
         UserError: as :func:`resolve_device`.
     """
     device = resolve_device(device)
+    return named_device(device, {"cpu": _cpu_model(), "gpus": [gpu.name for gpu in _visible_gpus()]}, threads())
+
+
+def named_device(device: str, record: Mapping[str, Any], threads: int) -> str:
+    """The model of ``cpu`` or ``cuda:N`` on the machine of a :func:`machine_record`; torch had so many threads."""
     if device == "cpu":
-        count = threads()
-        return f"{_cpu_model()}, {count} thread{'s' * (count > 1)}"
-    return _visible_gpus()[int(device.removeprefix("cuda:"))].name
+        return f"{record['cpu']}, {threads} thread{'s' * (threads > 1)}"
+    return str(record["gpus"][int(device.removeprefix("cuda:"))])
 
 
 def threads() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import PluginError, UserError
 from .grid import time_grid
-from .identity import identity
+from .identity import identity, resolved
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
 from .program import Program
@@ -39,14 +39,16 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """Who is measured: trained networks, what they were made for, and the labels of the row.
+    """Who is measured: trained networks, what they were made for, how they are trained, and the labels of the row.
 
-    ``labels`` need ``dataset``, ``student``, ``method``, ``wrapper``, ``seed``, ``weights``.
+    ``recipe``: the hash of how, whatever the seed. ``labels`` need ``dataset``, ``student``, ``method``, ``wrapper``,
+    ``seed``, ``weights``.
     """
 
     source: Source
     teacher: TeacherSource
     trained: Trained
+    recipe: str
     labels: Mapping[str, Any]
 
     @property
@@ -72,7 +74,7 @@ class Measures:
         Raises:
             UserError: when the sampler cannot run on this grid. PluginError when it declares another NFE than it has.
         """
-        trained, schedule = subject.trained, subject.teacher.schedule
+        trained = subject.trained
         program = self._program(draw, subject)
         course = self._course(draw, subject)
         name = f"{subject.name} {draw.entry.label} {draw.steps} {draw.weights} seed {subject.labels['seed']}"
@@ -98,16 +100,18 @@ class Measures:
             )
             for s in self._scoring(subject.source)
         )
+        seedless = {key: value for key, value in drawn.items() if key not in ("seed", "edges")}
         return Cell(
             labels=subject.labels,
             role=role,
             identity=identity([samples, scores]),
+            recipe=identity([subject.recipe, seedless, resolved(draw.entry.training)]),
             samples=samples,
             scores=scores,
             speed=self._speed(subject, course, name),
             probe=self._probe(subject, draw.weights),
             nfe=program.nfe * self._passes,
-            calls=tuple(n * self._passes for n in program.calls(trained.edges, schedule.timesteps)),
+            calls=tuple(n * self._passes for n in program.calls(trained.edges)),
             trained=trained,
             facts={key: course[key] for key in ("spacing", "clip", "precision", "guidance") if key in course},
             baseline_of=baseline_of,

@@ -88,6 +88,7 @@ class Cell:
     """One row of the table.
 
     Attributes:
+        recipe: the hash of how it is trained and drawn, whatever its seed and the edges that are measured with it.
         measured: the stages whose edges decide its intervals.
         unresolved: not empty when the stages cannot be named yet (a hub teacher that is not downloaded, edges that are
             not measured).
@@ -97,6 +98,7 @@ class Cell:
     labels: Mapping[str, Any]
     role: str
     identity: str = ""
+    recipe: str = ""
     samples: str = ""
     scores: tuple[str, ...] = ()
     speed: str = ""

@@ -17,7 +17,7 @@ from typing import Any
 import pluggy
 
 from .errors import PluginError
-from .hookspecs import API, GROUP, KINDS, HookSpecs
+from .hookspecs import API, BASES, GROUP, KINDS, TRAITS, HookSpecs
 from .options import Options
 
 BUILTIN = "o2mkd-bench"
@@ -53,16 +53,31 @@ class Plugin:
         """The target itself.
 
         Raises:
-            PluginError: when the target cannot be imported.
+            PluginError: when the target cannot be imported, or is not what its kind asks for.
         """
         module, _, attribute = self.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            target = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             raise PluginError(
                 f"plugin {self.kind}:{self.name} of {self.distribution} cannot load its target {self.target!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+        if wrong := self._complaint(target):
+            raise PluginError(f"plugin {self.kind}:{self.name} of {self.distribution}: {self.target} {wrong}")
+        return target
+
+    def _complaint(self, target: Any) -> str:
+        """What is wrong with a target, in words; empty where nothing is."""
+        base = BASES.get(self.kind)
+        if base is None:
+            return "" if callable(target) else "is nothing that can be called; name a class or a function"
+        # by name: some of these need torch, and a target that is none of them need not
+        if not inspect.isclass(target) or base not in {f"{c.__module__}.{c.__qualname__}" for c in target.__mro__}:
+            return f"is no subclass of {base}; derive it from that"
+        absent = sorted(getattr(target, "__abstractmethods__", ()))
+        return f"has no {' and no '.join(absent)}; define what {base} leaves open" if absent else ""
 
     def parse(self, options: Mapping[str, Any]) -> Options:
         """Validated options.
@@ -135,6 +150,9 @@ class Registry:
                 raise PluginError(
                     f"the options of {kind}:{name} are no subclass of o2mkd_bench.Options; derive them from it"
                 )
+            if strange := sorted(traits.keys() - set(TRAITS.get(kind, ()))):
+                known = ", ".join(TRAITS.get(kind, ())) or "none"
+                raise PluginError(f"{kind}:{name} has the trait {strange[0]!r}; {kind} have these traits: {known}")
             if ":" not in target:
                 raise PluginError(f"the target of {kind}:{name} is {target!r}; write it as 'package.module:Attribute'")
             earlier = self._plugins.get((kind, name), [])
@@ -172,8 +190,10 @@ class Registry:
             count = "two" if len(claims) == 2 else str(len(claims))
             names = " or ".join(f"{p.distribution}:{short}" for p in claims)
             raise PluginError(f"{kind} {short!r} is claimed by {count} plugins; write {names}")
-        known = [p.name for p in self.all(kind)]
-        near = difflib.get_close_matches(short, known, n=1)
+        plugins = self.all(kind)
+        near = difflib.get_close_matches(short, [p.name for p in plugins], n=1)
+        # one that shares its name is told by its distribution
+        known = [p.name if self._plugins[kind, p.name][0] is p else p.key for p in plugins]
         hint = f"did you mean {near[0]!r}? " if near else ""
         broken = "".join(f"; plugin {b.distribution} did not load: {b.error}" for b in self.broken)
         raise PluginError(f"no {kind} plugin is called {name!r}; {hint}known are {', '.join(known) or 'none'}{broken}")

@@ -70,7 +70,7 @@ class Program:
     def nfe(self) -> int:
         return len(self.lines)
 
-    def calls(self, edges: Sequence[int], timesteps: int) -> list[int]:
+    def calls(self, edges: Sequence[int]) -> list[int]:
         """How often each expert is called for one image; ``edges`` are the inner edges of the cover."""
         counts = [0] * (len(edges) + 1)
         for line in self.lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import os
@@ -17,6 +16,7 @@ from typing import Any
 from .blocks import any_match
 from .build import build
 from .checkpoints import download_hub, resolve_hub
+from .complaints import near
 from .errors import CorruptArtifact, UserError
 from .machine import device_name, resolve_device
 from .measures import Machine
@@ -197,9 +197,7 @@ def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:
     """
     axis, equals, value = text.partition("=")
     if not equals or axis not in AXES:
-        near = difflib.get_close_matches(axis, AXES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"--only {text}: write axis=pattern; {hint}the axes are {', '.join(AXES)}")
+        raise UserError(f"--only {text}: write axis=pattern{near(axis, AXES)} (axes: {', '.join(AXES)})")
     # a label such as o2mkd(students=2, warmup=0.1) holds commas of its own
     patterns = [value, *(part.strip() for part in value.split(","))]
 

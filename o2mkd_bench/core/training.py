@@ -12,7 +12,7 @@ from .blocks import STUDENT_KEYS
 from .data import Captions
 from .edges import IMAGES, POINTS, WAITING, Undecided
 from .errors import CorruptArtifact, PluginError, UserError
-from .identity import resolved
+from .identity import identity, resolved
 from .intervals import Interval, Law
 from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
 from .models import ModelFamily
@@ -138,6 +138,23 @@ class Trainer:
         """How the jobs of ``recipe`` are trained, or the rounds of ``sampler`` after them."""
         rounds = () if sampler is None else (sampler.training,)
         return self.suite.training.merged(recipe.student.training, recipe.wrapper.training, *rounds)
+
+    def way(self, recipe: Recipe) -> str:
+        """The hash of how ``recipe`` is trained, whatever its seed and the edges that are measured with it."""
+        student = recipe.student.model_dump(mode="json", include={*STUDENT_KEYS, "init", "prediction"})
+        decides = {
+            "data": recipe.source.trained_on,
+            "teacher": recipe.teacher.stage,
+            "student": student,
+            "methods": [reference(use) for use in recipe.method.uses],
+            "wrapper": reference(recipe.wrapper.use),
+            "training": resolved(self.training(recipe)),
+            "images": recipe.images,
+            "flip": recipe.source.flip,
+            "precision": self.suite.precision,
+            "store_dtype": self.suite.store_dtype,
+        }
+        return identity(decides)
 
     def lifted(self, recipe: Recipe) -> tuple[tuple[Job, ...], tuple[str, ...]]:
         """The wrapper's jobs for the recipe's budget, and the ``edges`` stages that their intervals come from.

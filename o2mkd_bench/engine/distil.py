@@ -75,6 +75,10 @@ class Methods:
         found: dict[str, Tensor] = {}
         for name, method in self.methods.items():
             terms = method.terms(ctx)
+            if not isinstance(terms, Mapping):
+                raise PluginError(
+                    f"KD method {name!r} gives a {type(terms).__name__} as its terms; make it a dict of scalar tensors"
+                )
             if set(terms) != set(method.weights()):
                 raise PluginError(
                     f"KD method {name!r} gives the terms {sorted(terms)} but declares weights for "
@@ -160,7 +164,11 @@ class Distil(Objective):
                 generator=_generator(s.stream.seed, step, part, seen.x_t.device),
             )
         )
-        return torch.stack(list(terms.values())).sum(), terms
+        loss = torch.stack(list(terms.values())).sum()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            names = " and ".join(map(repr, self.methods.methods))
+            raise PluginError(f"KD method {names}: no term depends on the student; make the loss of ctx.student")
+        return loss, terms
 
 
 def _generator(seed: int, step: int, part: int, device: torch.device) -> torch.Generator:

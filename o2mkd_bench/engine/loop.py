@@ -291,5 +291,7 @@ def _stopped(member: Member, error: Exception, together: int) -> Left:
 def _note(log: Log, step: int, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
     value = float(loss)
     if not math.isfinite(value):
-        raise Diverged(f"the loss is {value} at step {step}; lower the learning rate or clip gradients")
+        of = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))
+        mend = "lower the learning rate or clip gradients" if step else "nothing was learned yet, so look at the method"
+        raise Diverged(f"the loss is {value} at step {step}{f' (by {of})' if of else ''}; {mend}")
     log.curve.append({"step": step, "loss": value, **{k: float(v) for k, v in terms.items()}})

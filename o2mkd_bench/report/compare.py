@@ -32,13 +32,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of both sides. ``a``, ``b``: its status there, or ``absent``; ``speed_ratio``: images/s of b over a."""
+    """A row of both sides. ``a``, ``b``: its status there, or ``absent``; ``speed_ratio``: images/s of b over a.
+
+    ``speeds_of``: the devices of these, where they are two.
+    """
 
     cell: Mapping[str, Any]
     a: str
     b: str
     scores: Mapping[str, Difference]
     speed_ratio: float | None
+    speeds_of: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,14 @@ def _pair(key: Sequence[Any], a: Row | None, b: Row | None, columns: Sequence[st
         return finite((row.get("speed") or {}).get("images_per_second")) if row else None
 
     before, after = speed(a), speed(b)
+    devices = tuple(str(((row and row.get("speed")) or {}).get("device")) for row in (a, b))
     return Pair(
         cell=dict(zip(_NAMES, key, strict=False)),
         a=str(a["status"]) if a else "absent",
         b=str(b["status"]) if b else "absent",
         scores={column: Difference(score(a, column), score(b, column)) for column in columns},
         speed_ratio=after / before if before and after else None,
+        speeds_of=(devices[0], devices[1]) if before and after and devices[0] != devices[1] else None,
     )
 
 
@@ -160,4 +166,5 @@ def _only(pair: Pair) -> str:
         return "only in a" + (f" ({pair.a})" if pair.a != "done" else "")
     if pair.a == "absent":
         return "only in b" + (f" ({pair.b})" if pair.b != "done" else "")
-    return ", ".join(f"{status} in {side}" for side, status in (("a", pair.a), ("b", pair.b)) if status != "done")
+    said = [f"{status} in {side}" for side, status in (("a", pair.a), ("b", pair.b)) if status != "done"]
+    return ", ".join([*said, *([f"timed on {' and on '.join(pair.speeds_of)}"] if pair.speeds_of else [])])

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 TEXTS = ("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler")
 LEADING_COLUMNS = (
     *TEXTS,
-    *("steps", "nfe", "spacing", "clip", "budget", "weights", "seed", "students", "edges", "calls", "prediction"),
-    *("precision", "device", "batch", "batch_per_student", "steps_per_student", "images_per_student", "images_total"),
-    *("rounds_images", "params_total", "params_active", "macs_per_image", "speed_batch", "speed_compile"),
-    *("speed_device", "samples", "reason"),
+    *("steps", "nfe", "spacing", "clip", "guidance", "budget", "weights", "seed", "students", "edges", "calls"),
+    *("prediction", "precision", "device", "batch", "batch_per_student", "steps_per_student", "images_per_student"),
+    *("images_total", "rounds_images", "params_total", "params_active", "macs_per_image", "speed_batch"),
+    *("speed_compile", "speed_device", "samples", "reason"),
 )
 """Columns before the scores, the same for every suite. A value for each expert is joined with semicolons."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -28,6 +29,8 @@ CELL = (
     "weights",
 )
 """What describes a cell to a person; with the seed it names one row."""
+TIMED = ("batch", "compile", "device")
+"""What a speed reading depends on beside its cell."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,21 @@ class Line:
         return "" if value is None else str(value)
 
     def mean(self, key: str) -> float | None:
-        """The mean over seeds of a number in the rows, or in their speed reading."""
+        """The mean over seeds of a number in the rows, or in their speed readings if all were read in one way."""
+        if len(self.timed) > 1 and any(key in (row.get("speed") or {}) for row in self.rows):
+            return None
         found = [finite((row.get("speed") or {}).get(key, row.get(key))) for row in self.rows]
         values = [value for value in found if value is not None]
         return fmean(values) if values else None
+
+    @property
+    def timed(self) -> set[tuple[Any, ...]]:
+        """The several ways, by :data:`TIMED`, in which the speeds of its rows were read."""
+        return {tuple(row["speed"].get(key) for key in TIMED) for row in self.rows if row.get("speed")}
+
+    def differs(self, key: str) -> bool:
+        """Whether seeds have different values of ``key``, as they do where edges are measured."""
+        return len({repr(row[key]) for row in self.rows if row.get(key) is not None}) > 1
 
     @property
     def is_teacher(self) -> bool:
@@ -149,8 +163,8 @@ def same_protocol(column: str, one: Mapping[str, Any], other: Mapping[str, Any])
         )
 
 
-def numbered(rows: Iterable[Row]) -> list[tuple[tuple[Any, ...], Row]]:
-    """Each row with the key of its line: its :data:`CELL` values and how many rows before it share these and the seed.
+def numbered(rows: Iterable[Row], *beside: str) -> list[tuple[tuple[Any, ...], Row]]:
+    """Each row with a key: its values of :data:`CELL` and ``beside``, and how many rows before it share these and seed.
 
     The number keeps cells apart that differ in something a table does not show, so that two rows of one seed are
     never averaged.
@@ -158,17 +172,32 @@ def numbered(rows: Iterable[Row]) -> list[tuple[tuple[Any, ...], Row]]:
     seen: Counter[tuple[Any, ...]] = Counter()
     found = []
     for row in rows:
-        cell = tuple(row.get(key) for key in CELL)
+        cell = tuple(row.get(key) for key in (*CELL, *beside))
         name = (*cell, row.get("seed"))
         found.append(((*cell, seen[name]), row))
         seen[name] += 1
     return found
 
 
+def _cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in CELL)
+
+
 def lines(results: Results) -> list[Line]:
-    """Rows gathered over seeds, in the order in which cells first appear, with nothing bold yet."""
+    """Rows gathered over seeds, in the order in which cells first appear, with nothing bold yet.
+
+    Rows of one name that were trained or drawn in different ways are lines of their own, as their recipes say. A row
+    without one, of results that were written before there were any, has that of its name where there is only one.
+    """
+    recipes: defaultdict[tuple[Any, ...], set[Any]] = defaultdict(set)
+    for row in results["rows"]:
+        recipes[_cell(row)] |= {row.get("recipe")} - {None}
+    told = []
+    for row in results["rows"]:
+        known = recipes[_cell(row)]
+        told.append({**row, "recipe": next(iter(known))} if len(known) == 1 else row)
     groups: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for key, row in numbered(results["rows"]):
+    for key, row in numbered(told, "recipe"):
         groups[key].append(row)
     return [Line(tuple(rows), _scores(rows)) for rows in groups.values()]
 
@@ -183,7 +212,7 @@ def _scores(rows: Sequence[Row]) -> dict[str, Score]:
 
 
 def sections(results: Results) -> list[Section]:
-    """One table for each dataset and teacher; teachers first, then by NFE, student, method and wrapper.
+    """One table for each dataset and teacher; teachers first, then by NFE, student, method, wrapper, sampler, budget.
 
     Bold, for each metric among the students of one dataset and NFE: every line within one sd of the best, the sd
     being that of the best line. No line with n = 1 is bold, and none where the best itself has n = 1.
@@ -196,7 +225,8 @@ def sections(results: Results) -> list[Section]:
     found = []
     for dataset, teacher in dict.fromkeys((line["dataset"], line["teacher"]) for line in everything):
         mine = [line for line in everything if (line["dataset"], line["teacher"]) == (dataset, teacher)]
-        found.append(Section(str(dataset), str(teacher), _filled(columns, mine), tuple(sorted(mine, key=_order))))
+        ordered = sorted(mine, key=partial(_order, budgets(results)))
+        found.append(Section(str(dataset), str(teacher), _filled(columns, mine), tuple(ordered)))
     return found
 
 
@@ -206,10 +236,18 @@ def _filled(columns: Sequence[Metric], mine: Sequence[Line]) -> tuple[Metric, ..
     return tuple(metric for metric in columns if metric.column in some or not some)
 
 
-def _order(line: Line) -> tuple[Any, ...]:
-    nfe = finite(line["nfe"])
-    names = ("student", "method", "wrapper", "sampler", "budget", "weights", "spacing", "clip")
-    return (not line.is_teacher, float("inf") if nfe is None else nfe, *(line.text(name) for name in names))
+def budgets(results: Results) -> list[str]:
+    """The labels of budgets in the order of the suite, which as text they have not."""
+    listed = [*(results.get("axes") or {}).get("budget", ()), *(row.get("budget") for row in results["rows"])]
+    return list(dict.fromkeys(str(label) for label in listed if label not in (None, "")))
+
+
+def _order(known: Sequence[str], line: Line) -> tuple[Any, ...]:
+    nfe, budget = finite(line["nfe"]), line.text("budget")
+    place = known.index(budget) if budget in known else -1
+    names = [line.text(name) for name in ("student", "method", "wrapper", "sampler")]
+    last = [line.text(name) for name in ("weights", "spacing", "clip")]
+    return (not line.is_teacher, float("inf") if nfe is None else nfe, *names, place, *last)
 
 
 def _emboldened(plain: Sequence[Line], columns: Sequence[Metric]) -> list[Line]:

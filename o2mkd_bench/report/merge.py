@@ -9,6 +9,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.plan import AXES
 from .lines import Results, Row, same_protocol
+from .text import finite
 
 # From the best: what one document knows of a cell that another has not reached.
 _STANDINGS = ("done", "failed", "unresolved", "missing")
@@ -21,10 +22,10 @@ _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 def merge(documents: Sequence[Results]) -> dict[str, Any]:
     """Every cell of ``documents`` once, in the order in which they are first listed.
 
-    A cell that several have is that of the first which finished it; what this lacks, a speed say, is the next one's. It
-    is the baseline of all that any of them says. A row that has no identity yet gives way to those of its name that
-    have one. ``runs`` tells when and where the rows that are done were made, and how many each run gave; a row's
-    ``run`` is its place there.
+    A cell that several have is that of the first with the most scores of it; what this lacks, a speed say, is the next
+    one's. It is the baseline of all that any of them says. A row that has no identity yet gives way to those of its
+    name that have one. ``runs`` tells when and where the rows that are done were made, and how many each run gave; a
+    row's ``run`` is its place there.
 
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
@@ -36,7 +37,7 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
     rows, runs, made = [], _Runs(), []
     for found in _cells(documents):
         # stable: of two that stand alike, the document named first
-        found.sort(key=lambda row: _STANDINGS.index(row["status"]))
+        found.sort(key=lambda row: (_STANDINGS.index(row["status"]), -len(scored(row))))
         merged = _filled(found)
         if merged["status"] == "done":
             made.append(owners[id(found[0])])
@@ -120,6 +121,11 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
     return merged
 
 
+def scored(row: Row) -> set[str]:
+    """The columns in which a row has a score."""
+    return {column for column, value in (row.get("scores") or {}).items() if finite(value) is not None}
+
+
 def _axes(documents: Sequence[Results]) -> dict[str, list[Any]]:
     axes: dict[str, dict[Any, None]] = {}
     for document in documents:
@@ -135,6 +141,11 @@ def _datasets(documents: Sequence[Results]) -> list[dict[str, Any]]:
         if len({entry.get("fingerprint") for entry in entries}) > 1:
             sources = " and ".join(dict.fromkeys(str(entry.get("source")) for entry in entries))
             raise UserError(f"dataset {dataset} has another content in {sources}; its results are not comparable")
+        if len({entry["identity"] for entry in entries if entry.get("identity")}) > 1:
+            raise UserError(
+                f"dataset {dataset} was read with different options, and its results are not comparable; give it one "
+                "label for each way of reading it"
+            )
     return _first(documents, "datasets", ("dataset",), "images")
 
 

@@ -6,16 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .lines import CELL, Line, Metric, Results, Section
+from .lines import CELL, TIMED, Line, Metric, Results, Section
 from .teachers import beside, expected
 from .text import decimals, finite, listed, si
 from .verdicts import RULE
 
 BASELINE = "†"
-VARIES = ("steps", "budget", "weights", "spacing", "clip", "precision")
+VARIES = ("steps", "budget", "weights", "spacing", "clip", "guidance", "precision")
 """What gets a column of its own only where it differs between lines; else one note says it for all."""
 
-_SPEED = {"batch": "at batch ", "compile": "compile ", "device": "on "}
+_SPEED = dict(zip(TIMED, ("at batch ", "compile ", "on "), strict=True))
 _MACHINE = ("cpu", "cores", "platform", "python", "torch")
 _NAMED = 4
 
@@ -49,7 +49,9 @@ def notes(results: Results, sections: Sequence[Section], judged: bool = False) -
         *([RULE] if judged else []),
         *_settings(sections),
         *_namesakes(every),
+        *_rounds(every),
         *_sharing(every),
+        *_timed(every),
         *_machine(results, every),
         *_gaps(every),
     ]
@@ -170,6 +172,17 @@ def _sharing(every: Sequence[Line]) -> list[str]:
     return [said] if most else []
 
 
+def _rounds(every: Sequence[Line]) -> list[str]:
+    said = "total images count those of step distillation's rounds; batch, steps and each student's images do not"
+    return [said] if any(row.get("rounds_images") for line in every for row in line.rows) else []
+
+
+def _timed(every: Sequence[Line]) -> list[str]:
+    several = [label(line) for line in every if len(line.timed) > 1]
+    said = f"no speed: {named(several)}: seeds were timed on different devices or in different ways"
+    return [said] if several else []
+
+
 def _machine(results: Results, every: Sequence[Line]) -> list[str]:
     # a row that nobody has made names the device of whoever planned it
     made = [row["device"] for line in every for row in line.rows if row["status"] == "done" and row.get("device")]
@@ -196,10 +209,15 @@ def _gaps(every: Sequence[Line]) -> list[str]:
     for status in sorted(counts):
         for reason in dict.fromkeys(reason for line in every for reason in line.reasons(status)):
             who = list(dict.fromkeys(label(line) for line in every if reason in line.reasons(status)))
-            more = [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
             what = "empty columns" if status == "done" else status
-            found.append(f"{what}: {', '.join([*who[:_NAMED], *more])}: {reason}")
+            found.append(f"{what}: {named(who)}: {reason}")
     return found
+
+
+def named(who: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
+    return ", ".join([*who[:_NAMED], *more])
 
 
 def label(line: Line) -> str:
@@ -210,8 +228,9 @@ def label(line: Line) -> str:
 
 
 def count(line: Line) -> str:
-    """How many seeds a line's scores stand on: ``3``, or ``2 of 3`` where some failed or are missing."""
-    return str(line.done) if line.done == len(line.rows) else f"{line.done} of {len(line.rows)}"
+    """How many seeds a line's scores stand on: ``3``, or ``2 of 3`` where some failed, are missing, or lack a score."""
+    scored = min((score.n for score in line.scores.values()), default=line.done)
+    return str(scored) if scored == len(line.rows) else f"{scored} of {len(line.rows)}"
 
 
 def si_pair(one: float | None, other: float | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from .lines import Results
+from .merge import scored
 from .write import read
 
 
@@ -38,8 +39,9 @@ def _kept(results: Results, folder: Path) -> str:
     done = [row for row in there["rows"] if row["status"] == "done"]
     if (suite := there.get("suite")) != results["suite"]:
         return f"{_rows(len(done))} of suite {suite}"
-    mine = {row["cell"] for row in results["rows"] if row["status"] == "done"}
-    lost = sum(row.get("cell") not in mine for row in done)
+    mine = {row["cell"]: scored(row) for row in results["rows"] if row["status"] == "done"}
+    # a row may be done with columns that are empty
+    lost = sum(row["cell"] not in mine or bool(scored(row) - mine[row["cell"]]) for row in done)
     return f"{_rows(len(done))}, of which this run has {len(done) - lost}" if lost else ""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .canvas import ACROSS, Label, empty, entries, heading, labelled, legend, panels, wrapped
-from .lines import Line, Metric, Results, lines, sections
+from .lines import Line, Metric, Results, budgets, lines, sections
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,9 @@ PALETTE = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
 DASHES = ("-", "--", ":", "-.")
 # a line and a fill each: points that nothing joins still say who drew them
-SAMPLERS = (("-", "full"), ("--", "bottom"), (":", "left"), ("-.", "top"), ((0, (6, 2, 1, 2, 1, 2)), "right"))
+_LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+_FILLS = ("full", "bottom", "left", "top", "right")
+SAMPLERS = tuple((line, _FILLS[(i + turn) % 5]) for turn in range(5) for i, line in enumerate(_LINES))
 _RING: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markerfacecolor": "white"}
 _EDGE: dict[str, Any] = {"linestyle": (0, (4, 4)), "linewidth": 0.8, "alpha": 0.7}
 # names of what is not drawn
@@ -73,10 +75,10 @@ def _looks(drawn: Sequence[Line], colour: str, shape: tuple[str, Sequence[Any]],
 def quality_vs_speed(results: Results, path: Path) -> None:
     """The first metric (log) against images/s (log), or MACs per image where nothing was timed.
 
-    A panel a dataset, and a student where a dataset has several, each with the teacher. Where some were timed, those
-    that were not are named beside it. Colour: method, or wrapper where there is one method, black for the teacher;
-    marker: wrapper, with a black edge for a baseline; line and fill: sampler. Points have their NFE beside them where
-    there is room; bars are one standard deviation. Cells that differ only in steps are joined.
+    A panel a dataset, and a student and a budget where a dataset has several, each with the teacher. Where some were
+    timed, those that were not are named beside it. Colour: method, or wrapper where there is one method, black for the
+    teacher; marker: wrapper, with a black edge for a baseline; line and fill: sampler. Points have their NFE beside
+    them where there is room; bars are one standard deviation. Cells that differ only in steps are joined.
 
     Raises:
         UserError: when the results mix protocols in one column.
@@ -91,12 +93,7 @@ def quality_vs_speed(results: Results, path: Path) -> None:
     looks = _looks(students, colour, ("wrapper", MARKERS), samplers=[line.text("sampler") for line in scored])
     groups: dict[tuple[str, ...], list[Line]] = {}
     for dataset in dict.fromkeys(part.dataset for part in parts):
-        mine = [line for line in scored if line["dataset"] == dataset]
-        sizes = sorted({line.text("student") for line in mine if not line.is_teacher})
-        if len(sizes) < 2:
-            groups[dataset,] = mine
-        for size in sizes if len(sizes) > 1 else ():
-            groups[dataset, size] = [line for line in mine if line.is_teacher or line.text("student") == size]
+        groups |= _panels(dataset, [line for line in scored if line["dataset"] == dataset], budgets(results))
     shared = len({key[0] for key in groups}) == 1
     with panels(max(len(groups), 1), path, sharey=shared) as (figure, every):
         for i, (axes, (key, mine)) in enumerate(zip(every, (groups or {("",): []}).items(), strict=True)):
@@ -109,6 +106,19 @@ def quality_vs_speed(results: Results, path: Path) -> None:
             if shared and i % ACROSS:
                 axes.set_ylabel("")
         _quality_legend(figure, looks, scored, untimed)
+
+
+def _panels(dataset: str, mine: Sequence[Line], known: Sequence[str]) -> dict[tuple[str, ...], list[Line]]:
+    """The lines of each panel of a dataset, by its title."""
+    students = sorted((line for line in mine if not line.is_teacher), key=lambda line: line.text("student"))
+    if several := len({line.text("budget") for line in students}) > 1:
+        students.sort(key=lambda line: (line.text("student"), known.index(line.text("budget"))))
+    apart = ["student"] * (len({line.text("student") for line in students}) > 1) + ["budget"] * several
+    teachers = [line for line in mine if line.is_teacher]
+    found: dict[tuple[str, ...], list[Line]] = {} if students else {(dataset,): teachers}
+    for line in students:
+        found.setdefault((dataset, *(line.text(key) for key in apart)), [*teachers]).append(line)
+    return found
 
 
 def _quality(axes: Axes, mine: Sequence[Line], metric: Metric, looks: Looks, timed: bool) -> None:

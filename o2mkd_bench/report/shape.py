@@ -19,8 +19,10 @@ from pydantic import (
 # what a terminal obeys is not text
 Text = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Lines = Annotated[str, Strict(), Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
-Number = StrictInt | StrictFloat | None
-Word = Text | StrictInt | StrictFloat | StrictBool | None
+# what a column of integers holds
+Int = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Number = Int | StrictFloat | None
+Word = Text | Int | StrictFloat | StrictBool | None
 Numbers = list[Number] | Number
 Scores = dict[str, Number] | None
 
@@ -42,7 +44,7 @@ class Reading(Shape):
 
 
 class Curve(Shape):
-    t: list[StrictInt | StrictFloat]
+    t: list[Int | StrictFloat]
     error: list[Number]
 
     @model_validator(mode="after")
@@ -78,23 +80,24 @@ class Row(Shape):
     budget: Word = None
     weights: Word = None
     seed: Word = None
-    nfe: StrictInt | None = None
+    nfe: Int | None = None
     images_total: Number = None
     params_total: Number = None
     params_active: Number = None
     macs_per_image: Number = None
     train_seconds: Number = None
     shared_with: Number = None
-    run: Annotated[StrictInt, Field(ge=0)] | None = None
+    run: Annotated[Int, Field(ge=0)] | None = None
 
     prediction: Word = None
+    recipe: Text | None = None
+    guidance: Word = None
     precision: Word = None
     device: Word = None
     samples: Word = None
     students: Number = None
     batch: Number = None
     rounds_images: Number = None
-    params_used: Number = None
     device_seconds: Number = None
 
 
@@ -110,8 +113,8 @@ class Teacher(Shape):
     sampler: Word
     steps: Word
     seed: Word
-    expected: StrictInt | StrictFloat
-    tolerance: StrictInt | StrictFloat
+    expected: Int | StrictFloat
+    tolerance: Int | StrictFloat
     found: Number
     as_expected: StrictBool | None
     loss: Loss | None
@@ -133,6 +136,7 @@ class Reference(Shape):
 class Dataset(Shape):
     dataset: Text
     fingerprint: Word = None
+    identity: Text | None = None
     source: Word = None
 
 
@@ -141,11 +145,11 @@ class Run(Shape):
     git_commit: Text | None = None
     machine: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
-    rows: StrictInt | None = None
+    rows: Int | None = None
 
 
 class Document(Shape):
-    schema_version: StrictInt
+    schema_version: Int
     suite: Text | None = None
     suite_path: Text | None = None
     rows: list[Row]
@@ -159,7 +163,7 @@ class Document(Shape):
     git_commit: Text | None = None
     machine: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
-    teacher_steps: list[StrictInt] | None = None
+    teacher_steps: list[Int] | None = None
     teachers: list[Teacher] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _REASON = 56
+_FIRST = "≈"
+_EACH = ("calls", "images_per_student", "batch_per_student", "steps_per_student")
 _ENDLESS = 1 << 14
 """Columns of the console that tables are printed on: it must never be what they are fitted to."""
 _STYLES = {"failed": "red", "missing": "yellow", "unresolved": "yellow", "better": "green", "worse": "red"}
@@ -51,7 +53,7 @@ def columns(section: Section, extra: Sequence[str], full: bool = True) -> list[C
         cost,
         plain("train images (each / total)", _images),
         plain("batch×steps (each)", _batches),
-        plain("calls (each)", lambda line: listed(line["calls"])),
+        plain("calls (each)", lambda line: _about(line, ("calls",), listed(line["calls"]))),
         plain("n", count),
     ]
 
@@ -62,7 +64,8 @@ def _wrapper(line: Line) -> str:
 
 def _images(line: Line) -> str:
     total = line.mean("images_total")
-    return "" if total is None else f"{si_listed(line['images_per_student']) or '?'} / {si(total)}"
+    each = _about(line, ("images_per_student",), si_listed(line["images_per_student"]))
+    return "" if total is None else f"{each or '?'} / {si(total)}"
 
 
 def _batches(line: Line) -> str:
@@ -70,7 +73,12 @@ def _batches(line: Line) -> str:
     if steps is None:
         return ""
     sides = [f"({text})" if ", " in (text := listed(side)) else text for side in (batch, steps)]
-    return f"{sides[0] or '?'}×{sides[1]}"
+    return _about(line, ("batch_per_student", "steps_per_student"), f"{sides[0] or '?'}×{sides[1]}")
+
+
+def _about(line: Line, keys: Sequence[str], text: str) -> str:
+    """What the first seed has, marked where others differ."""
+    return f"{_FIRST} {text}" if any(map(line.differs, keys)) else text
 
 
 def _scores(section: Section, metric: Metric, first: bool, full: bool) -> Column[Line]:
@@ -105,8 +113,15 @@ def markdown(results: Results, beside: Beside = BASELINES) -> str:
         page += [f"## {markdown_text(section.dataset)}, teacher {markdown_text(section.teacher)}", "", table, ""]
         if found:
             page += [f"### {markdown_text(beside.title)}", "", markdown_table(verdict_columns(found, extra), found), ""]
-    page += [f"- {markdown_text(note)}" for note in [*notes(results, parts, any(judged)), *_made(results)]]
+    below = [*notes(results, parts, any(judged)), *_measured(parts), *_made(results)]
+    page += [f"- {markdown_text(note)}" for note in below]
     return "\n".join(page) + "\n"
+
+
+def _measured(parts: Sequence[Section]) -> list[str]:
+    every = [line for section in parts for line in section.lines]
+    said = f"{_FIRST} of the first seed; its intervals were measured, and those of other seeds differ"
+    return [said] if any(line.differs(key) for line in every for key in _EACH) else []
 
 
 def _made(results: Results) -> list[str]:
@@ -179,6 +194,7 @@ def _line(line: Line) -> dict[str, Any]:
         **{key: line[key] for key in (*CELL, "role", "nfe", "baseline_of", "calls", "edges")},
         "scores": {column: asdict(score) for column, score in line.scores.items()},
         **{key: line.mean(key) for key in means},
+        "differs": [key for key in ("calls", "edges") if line.differs(key)],
         "rows": len(line.rows),
         "done": line.done,
         "reasons": {status: line.reasons(status) for status in dict.fromkeys(row["status"] for row in line.rows)},

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..core.complaints import near
 from ..core.errors import UserError
 from .columns import Column, plain
-from .lines import CELL, Line, Metric, Results, Section, lines
+from .lines import CELL, Line, Metric, Results, Row, Section, lines
 from .text import decimals, finite, spread
 
 AXES = tuple(key for key in CELL if key not in ("dataset", "teacher"))
@@ -29,7 +29,7 @@ class Verdict:
     """A line beside another, its baseline, in one score of several seeds.
 
     Attributes:
-        rule: what a baseline has in common with its line, such as ``equal_total``; else empty.
+        rule: what a baseline has in common with its line, such as ``equal_total``, or several joined; else empty.
         mine, other: their scores of the seeds that both have, in one order.
     """
 
@@ -125,35 +125,48 @@ def _labelled(students: Sequence[Line], axis: str, label: str) -> Iterator[tuple
 
 
 def _baselines(students: Sequence[Line]) -> Iterator[tuple[Line, Line, str]]:
-    named, alike = _by_name(students), _by_name(students, "wrapper", "budget")
-    for baseline in students:
-        told = dict.fromkeys(str(text) for row in baseline.rows for text in row.get("baseline_of") or ())
-        for text in told if len(named[_name(baseline)]) == 1 else ():
-            rule, _, wrapper = text.partition(" of ")
-            # edges that are measured differ between seeds, and so does what a cell is the baseline of
-            mine = Line(tuple(row for row in baseline.rows if text in (row.get("baseline_of") or ())))
-            lifted = [line for line in alike[_name(baseline, "wrapper", "budget")] if line.text("wrapper") == wrapper]
-            found = [line for line in lifted if _fair(line, mine, rule)]
-            if len(found) == 1:
-                yield found[0], mine, rule
+    """By seed, as what a cell is the baseline of may differ between seeds where edges are measured."""
+    named = _by_name(students)
+    beside: defaultdict[tuple[str, ...], defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for line in students:
+        for row in line.rows:
+            for text in row.get("baseline_of") or ():
+                rule, _, wrapper = str(text).partition(" of ")
+                beside[(*_name(line, "wrapper", "budget"), wrapper)][rule].append(row)
+    for line in students:
+        if len(named[_name(line)]) > 1:
+            continue
+        found: dict[tuple[int, ...], list[str]] = {}
+        rows: dict[int, Row] = {}
+        for rule, every in beside[(*_name(line, "wrapper", "budget"), line.text("wrapper"))].items():
+            fair = [row for row in every if _fair(line, row, rule)]
+            # with two of a seed nobody knows which is meant
+            if fair and len({row.get("seed") for row in fair}) == len(fair):
+                rows |= {id(row): row for row in fair}
+                found.setdefault(tuple(map(id, fair)), []).append(rule)
+        for each, rules in found.items():
+            yield line, Line(tuple(rows[one] for one in each)), " and ".join(rules)
 
 
-def _fair(line: Line, baseline: Line, rule: str) -> bool:
+def _fair(line: Line, baseline: Row, rule: str) -> bool:
     """Whether ``baseline`` saw what ``rule`` says: equal cells of two budgets are one, which has the rules of both."""
-    each = line["images_per_student"]
+    mine = next((row for row in line.rows if row.get("seed") == baseline.get("seed")), None)
+    if mine is None:
+        return False
+    each = mine.get("images_per_student")
     longest = [value for value in map(finite, each if isinstance(each, list) else [each]) if value is not None]
-    wanted = max(longest, default=None) if rule == "per_student" else _images(line)
-    seen, batch = _images(baseline), finite(baseline["batch"])
+    wanted = max(longest, default=None) if rule == "per_student" else _images(mine)
+    seen, batch = _images(baseline), finite(baseline.get("batch"))
     if wanted is None or seen is None or batch is None:
-        return line.text("budget") == baseline.text("budget")
+        return bool(mine.get("budget") == baseline.get("budget"))
     # whole steps
     return abs(seen - wanted) <= batch
 
 
-def _images(line: Line) -> float | None:
+def _images(row: Row) -> float | None:
     """Training images of all students, without those of rounds."""
-    total = finite(line["images_total"])
-    return None if total is None else total - (finite(line["rounds_images"]) or 0)
+    total = finite(row.get("images_total"))
+    return None if total is None else total - (finite(row.get("rounds_images")) or 0)
 
 
 def _by_name(students: Sequence[Line], *without: str) -> defaultdict[tuple[str, ...], list[Line]]:
@@ -220,7 +233,8 @@ def columns(found: Sequence[Verdict], extra: Sequence[str]) -> list[Column[Verdi
 def _against(verdict: Verdict) -> str:
     wrapper, rule = verdict.baseline.text("wrapper"), verdict.rule.replace("_", " ")
     # one that was made for this line says so in its name
-    return wrapper if wrapper.endswith(f" of {verdict.line.text('wrapper')})") else f"{wrapper} ({rule})"
+    own = wrapper.endswith(f" of {verdict.line.text('wrapper')})") and " and " not in rule
+    return wrapper if own else f"{wrapper} ({rule})"
 
 
 def _difference(verdict: Verdict) -> str:

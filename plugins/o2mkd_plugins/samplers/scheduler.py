@@ -32,7 +32,8 @@ class Scheduler(Sampler):
     options: DiffusersOptions
 
     def nfe(self, steps: int) -> int:
-        schedule = NoiseSchedule()
+        # teachers may have more timesteps than most
+        schedule = NoiseSchedule(timesteps=max(NoiseSchedule.timesteps, steps))
         grid = time_grid("trailing", steps, schedule.timesteps)
         return len(self._maker(schedule, grid, "none")().timesteps)
 
