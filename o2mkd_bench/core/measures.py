@@ -66,6 +66,7 @@ class Measures:
         self.machine = machine
         self._scorings: dict[str, tuple[Scoring, ...]] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
+        self._ways: dict[tuple[Any, ...], str] = {}
         self._architectures: dict[tuple[str, int], tuple[Mapping[str, Any], str]] = {}
 
     def cell(self, subject: Subject, draw: Draw, role: str, baseline_of: tuple[str, ...] = ()) -> Cell:
@@ -100,12 +101,11 @@ class Measures:
             )
             for s in self._scoring(subject.source)
         )
-        seedless = {key: value for key, value in drawn.items() if key not in ("seed", "edges")}
         return Cell(
             labels=subject.labels,
             role=role,
             identity=identity([samples, scores]),
-            recipe=identity([subject.recipe, seedless, resolved(draw.entry.training)]),
+            recipe=identity([subject.recipe, self._way(draw, subject, drawn)]),
             samples=samples,
             scores=scores,
             speed=self._speed(subject, course, name),
@@ -172,6 +172,15 @@ class Measures:
             "precision": self.suite.precision,
             **({} if guidance is None else {"guidance": guidance}),
         }
+
+    def _way(self, draw: Draw, subject: Subject, drawn: Mapping[str, Any]) -> str:
+        """The hash of how images are drawn, whatever the seed and the edges."""
+        # the label names the sampler's entry
+        key = (subject.source.use.label, subject.teacher.name, draw.entry.label, draw.steps, draw.weights)
+        if key not in self._ways:
+            seedless = {key: value for key, value in drawn.items() if key not in ("seed", "edges")}
+            self._ways[key] = identity([seedless, resolved(draw.entry.training)])
+        return self._ways[key]
 
     def _spacing(self, entry: SamplerEntry) -> Any:
         return entry.spacing or self.suite.sampling.spacing
