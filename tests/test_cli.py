@@ -805,6 +805,15 @@ def test_a_reader_that_leaves_is_no_error(there: Finished) -> None:
         assert running.stderr.read() == b""
 
 
+def test_a_plugin_that_ends_the_program_is_told(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*words: object, **options: object) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr("o2mkd_bench.cli.door.app", leave)
+    told = "error: a plugin ended the program with SystemExit(3); let it raise an error\n"
+    assert call("plugins") == Answer(1, "", told)
+
+
 def test_a_disk_that_is_full_of_what_is_printed_is_one_sentence(there: Finished) -> None:
     code = "import sys; from o2mkd_bench.cli import main; main(sys.argv[1:])"
     with Path("/dev/full").open("w") as full:

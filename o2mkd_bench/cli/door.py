@@ -103,6 +103,11 @@ def _run(words: Sequence[str]) -> int:
         return _complain("interrupted", INTERRUPTED)
     except UserError as error:
         return _complain(error, WRONG)
+    except SystemExit as error:
+        # how click leaves when the reader has left
+        if isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _complain(f"a plugin ended the program with SystemExit({error.code}); let it raise an error", FAILED)
     except (CorruptArtifact, StageFailed) as error:
         return _complain(f"{error}; run the suite again, which makes damaged artifacts anew", FAILED)
     except Exception as error:
