@@ -18,7 +18,6 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from o2mkd_bench import Metric, Options, UserError
 from o2mkd_bench.engine.scoring import (
     FeatureNetwork,
-    Protocol,
     _ahead,
     check_width,
     extract,
@@ -165,25 +164,6 @@ def test_what_a_metric_is_made_of() -> None:
     assert found == {"shift_toys": pytest.approx(gap, rel=1e-5)}
     with pytest.raises(TypeError, match="abstract"):
         Metric(Options(), "toys")
-
-
-def test_protocols_differ_by_every_field() -> None:
-    one = Protocol("means", "ab", "train", "f", 40, 30)
-    others = [
-        replace(one, **{name: value})
-        for name, value in [
-            ("network", "x"),
-            ("sha256", "x"),
-            ("reference", "test"),
-            ("reference_fingerprint", "x"),
-            ("reference_count", 41),
-            ("images", 31),
-            ("rounding", "x"),
-            ("resize", "x"),
-        ]
-    ]
-    assert len({p.identity() for p in [one, *others]}) == 9
-    assert one.identity() == replace(one).identity()
 
 
 @pytest.mark.parametrize(

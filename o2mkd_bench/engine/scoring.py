@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import UserError
-from ..core.identity import identity
 from ..core.options import Options
 
 if TYPE_CHECKING:
@@ -63,10 +62,6 @@ class Protocol:
     images: int
     rounding: str = "uint8 round"
     resize: str = "none"
-
-    def identity(self) -> str:
-        """20 hex digits."""
-        return identity(asdict(self))
 
 
 class Metric(ABC):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.identity import identity
 from ..core.intervals import Interval, Law
 from .philox import Philox
 
@@ -78,12 +77,6 @@ class Stream:
             raise UserError(f"the training set has {self.count} images; use a dataset with 1 to {(1 << 31) - 1}")
         if self.group < 3:
             raise UserError(f"relational groups of {self.group} samples have no angles; use at least 3")
-
-    @cached_property
-    def identity(self) -> str:
-        """The hash of dataset, seed, law of t, batch size, augmentation and group size."""
-        law = {"ends": self.law.ends, "masses": [str(mass) for mass in self.law.masses]}
-        return identity([self.fingerprint, self.count, self.seed, law, self.batch, self.flip, self.group])
 
     def batch_at(self, step: int, device: torch.device | str = "cpu") -> StreamBatch:
         """The batch of one step, ``step`` in [0, 2^31).
