@@ -814,14 +814,27 @@ def test_a_plugin_that_ends_the_program_is_told(call: Call, monkeypatch: pytest.
     assert call("plugins") == Answer(1, "", told)
 
 
+FULL = b"error: No space left on device; make room, or print to another place\n"
+
+
 def test_a_disk_that_is_full_of_what_is_printed_is_one_sentence(there: Finished) -> None:
     code = "import sys; from o2mkd_bench.cli import main; main(sys.argv[1:])"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code, "schema"], stdout=full, stderr=subprocess.PIPE, check=False)
-    assert (
-        done.stderr == b"error: what was to be printed cannot be written: No space left on device; print it elsewhere\n"
-    )
-    assert done.returncode == 2
+    assert (done.returncode, done.stderr) == (2, FULL)
+
+
+def test_a_disk_that_is_full_elsewhere_takes_nothing_from_what_is_printed(there: Finished) -> None:
+    code = """
+from o2mkd_bench.cli import door
+def full(*words, **options):
+    print("said before")
+    open("/dev/full", "w", buffering=1).write("kept\\n")
+door.app = full
+door.main(["plugins"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"said before\n", FULL)
 
 
 def test_folders_that_are_not_there_and_suites_among_folders_are_told(

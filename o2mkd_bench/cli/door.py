@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -88,11 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _run(words or ["--help"])
         sys.stdout.flush()
     except OSError as error:
-        # the reader (`| head`) has left, or its disk is full; nothing may be flushed to it again on the way out
+        # the reader (`| head`) has left, or a disk is full, maybe another: what can still be said is said, and nothing
+        # is flushed again on the way out
+        with suppress(OSError):
+            sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
         if not isinstance(error, BrokenPipeError):
-            code = _complain(f"what was to be printed cannot be written: {error.strerror}; print it elsewhere", WRONG)
+            code = _complain(f"{error.strerror}; make room, or print to another place", WRONG)
     raise SystemExit(code)
 
 

@@ -135,18 +135,17 @@ def _pair(key: Sequence[Any], a: Row | None, b: Row | None, columns: Sequence[st
     def score(row: Row | None, column: str) -> float | None:
         return finite((row.get("scores") or {}).get(column)) if row and row["status"] == "done" else None
 
-    def speed(row: Row | None) -> float | None:
-        return finite((row.get("speed") or {}).get("images_per_second")) if row else None
-
-    before, after = speed(a), speed(b)
-    devices = tuple(str(((row and row.get("speed")) or {}).get("device")) for row in (a, b))
+    before, after = ((row.get("speed") or {}) if row else {} for row in (a, b))
+    timed = [finite(reading.get("images_per_second")) for reading in (before, after)]
+    ratio = timed[1] / timed[0] if timed[0] and timed[1] else None
+    devices = str(before.get("device")), str(after.get("device"))
     return Pair(
         cell=dict(zip(_NAMES, key, strict=False)),
         a=str(a["status"]) if a else "absent",
         b=str(b["status"]) if b else "absent",
         scores={column: Difference(score(a, column), score(b, column)) for column in columns},
-        speed_ratio=after / before if before and after else None,
-        speeds_of=(devices[0], devices[1]) if before and after and devices[0] != devices[1] else None,
+        speed_ratio=ratio,
+        speeds_of=devices if ratio and devices[0] != devices[1] else None,
     )
 
 

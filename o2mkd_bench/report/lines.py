@@ -163,6 +163,10 @@ def same_protocol(column: str, one: Mapping[str, Any], other: Mapping[str, Any])
         )
 
 
+def _cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in CELL)
+
+
 def numbered(rows: Iterable[Row], *beside: str) -> list[tuple[tuple[Any, ...], Row]]:
     """Each row with a key: its values of :data:`CELL` and ``beside``, and how many rows before it share these and seed.
 
@@ -172,15 +176,11 @@ def numbered(rows: Iterable[Row], *beside: str) -> list[tuple[tuple[Any, ...], R
     seen: Counter[tuple[Any, ...]] = Counter()
     found = []
     for row in rows:
-        cell = tuple(row.get(key) for key in (*CELL, *beside))
+        cell = (*_cell(row), *(row.get(key) for key in beside))
         name = (*cell, row.get("seed"))
         found.append(((*cell, seen[name]), row))
         seen[name] += 1
     return found
-
-
-def _cell(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in CELL)
 
 
 def lines(results: Results) -> list[Line]:
@@ -222,11 +222,11 @@ def sections(results: Results) -> list[Section]:
     """
     columns = metrics(results)
     everything = _emboldened(lines(results), columns)
+    order = partial(_order, budgets(results))
     found = []
     for dataset, teacher in dict.fromkeys((line["dataset"], line["teacher"]) for line in everything):
         mine = [line for line in everything if (line["dataset"], line["teacher"]) == (dataset, teacher)]
-        ordered = sorted(mine, key=partial(_order, budgets(results)))
-        found.append(Section(str(dataset), str(teacher), _filled(columns, mine), tuple(ordered)))
+        found.append(Section(str(dataset), str(teacher), _filled(columns, mine), tuple(sorted(mine, key=order))))
     return found
 
 
@@ -236,18 +236,18 @@ def _filled(columns: Sequence[Metric], mine: Sequence[Line]) -> tuple[Metric, ..
     return tuple(metric for metric in columns if metric.column in some or not some)
 
 
-def budgets(results: Results) -> list[str]:
-    """The labels of budgets in the order of the suite, which as text they have not."""
+def budgets(results: Results) -> dict[str, int]:
+    """The place of each label of a budget in the order of the suite, which as text they have not."""
     listed = [*(results.get("axes") or {}).get("budget", ()), *(row.get("budget") for row in results["rows"])]
-    return list(dict.fromkeys(str(label) for label in listed if label not in (None, "")))
+    named = dict.fromkeys("" if label is None else str(label) for label in listed)
+    return {label: place for place, label in enumerate(named)}
 
 
-def _order(known: Sequence[str], line: Line) -> tuple[Any, ...]:
-    nfe, budget = finite(line["nfe"]), line.text("budget")
-    place = known.index(budget) if budget in known else -1
+def _order(places: Mapping[str, int], line: Line) -> tuple[Any, ...]:
+    nfe, budget = finite(line["nfe"]), places[line.text("budget")]
     names = [line.text(name) for name in ("student", "method", "wrapper", "sampler")]
     last = [line.text(name) for name in ("weights", "spacing", "clip")]
-    return (not line.is_teacher, float("inf") if nfe is None else nfe, *names, place, *last)
+    return (not line.is_teacher, float("inf") if nfe is None else nfe, *names, budget, *last)
 
 
 def _emboldened(plain: Sequence[Line], columns: Sequence[Metric]) -> list[Line]:

@@ -179,7 +179,7 @@ def _rounds(every: Sequence[Line]) -> list[str]:
 
 def _timed(every: Sequence[Line]) -> list[str]:
     several = [label(line) for line in every if len(line.timed) > 1]
-    said = f"no speed: {named(several)}: seeds were timed on different devices or in different ways"
+    said = f"no speed: {_named(several)}: seeds were timed on different devices or in different ways"
     return [said] if several else []
 
 
@@ -210,11 +210,11 @@ def _gaps(every: Sequence[Line]) -> list[str]:
         for reason in dict.fromkeys(reason for line in every for reason in line.reasons(status)):
             who = list(dict.fromkeys(label(line) for line in every if reason in line.reasons(status)))
             what = "empty columns" if status == "done" else status
-            found.append(f"{what}: {named(who)}: {reason}")
+            found.append(f"{what}: {_named(who)}: {reason}")
     return found
 
 
-def named(who: Sequence[str]) -> str:
+def _named(who: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
     return ", ".join([*who[:_NAMED], *more])

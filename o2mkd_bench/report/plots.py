@@ -92,11 +92,12 @@ def quality_vs_speed(results: Results, path: Path) -> None:
     colour = "method" if len({line["method"] for line in students}) > 1 else "wrapper"
     looks = _looks(students, colour, ("wrapper", MARKERS), samplers=[line.text("sampler") for line in scored])
     groups: dict[tuple[str, ...], list[Line]] = {}
-    for dataset in dict.fromkeys(part.dataset for part in parts):
-        groups |= _panels(dataset, [line for line in scored if line["dataset"] == dataset], budgets(results))
+    places = budgets(results)
+    for dataset in dict.fromkeys(part.dataset for part in parts) or [""]:
+        groups |= _panels(dataset, [line for line in scored if line["dataset"] == dataset], places)
     shared = len({key[0] for key in groups}) == 1
-    with panels(max(len(groups), 1), path, sharey=shared) as (figure, every):
-        for i, (axes, (key, mine)) in enumerate(zip(every, (groups or {("",): []}).items(), strict=True)):
+    with panels(len(groups), path, sharey=shared) as (figure, every):
+        for i, (axes, (key, mine)) in enumerate(zip(every, groups.items(), strict=True)):
             if not mine:
                 empty(axes, "no scores yet")
                 continue
@@ -108,15 +109,13 @@ def quality_vs_speed(results: Results, path: Path) -> None:
         _quality_legend(figure, looks, scored, untimed)
 
 
-def _panels(dataset: str, mine: Sequence[Line], known: Sequence[str]) -> dict[tuple[str, ...], list[Line]]:
-    """The lines of each panel of a dataset, by its title."""
-    students = sorted((line for line in mine if not line.is_teacher), key=lambda line: line.text("student"))
-    if several := len({line.text("budget") for line in students}) > 1:
-        students.sort(key=lambda line: (line.text("student"), known.index(line.text("budget"))))
-    apart = ["student"] * (len({line.text("student") for line in students}) > 1) + ["budget"] * several
+def _panels(dataset: str, mine: Sequence[Line], places: Mapping[str, int]) -> dict[tuple[str, ...], list[Line]]:
+    """The lines of each panel of a dataset, by its title; ``places``: the order of budgets."""
     teachers = [line for line in mine if line.is_teacher]
+    students = [line for line in mine if not line.is_teacher]
+    apart = [key for key in ("student", "budget") if len({line.text(key) for line in students}) > 1]
     found: dict[tuple[str, ...], list[Line]] = {} if students else {(dataset,): teachers}
-    for line in students:
+    for line in sorted(students, key=lambda line: (line.text("student"), places[line.text("budget")])):
         found.setdefault((dataset, *(line.text(key) for key in apart)), [*teachers]).append(line)
     return found
 

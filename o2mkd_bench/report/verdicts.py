@@ -136,16 +136,14 @@ def _baselines(students: Sequence[Line]) -> Iterator[tuple[Line, Line, str]]:
     for line in students:
         if len(named[_name(line)]) > 1:
             continue
-        found: dict[tuple[int, ...], list[str]] = {}
-        rows: dict[int, Row] = {}
+        found: dict[tuple[int, ...], tuple[list[Row], list[str]]] = {}
         for rule, every in beside[(*_name(line, "wrapper", "budget"), line.text("wrapper"))].items():
             fair = [row for row in every if _fair(line, row, rule)]
             # with two of a seed nobody knows which is meant
             if fair and len({row.get("seed") for row in fair}) == len(fair):
-                rows |= {id(row): row for row in fair}
-                found.setdefault(tuple(map(id, fair)), []).append(rule)
-        for each, rules in found.items():
-            yield line, Line(tuple(rows[one] for one in each)), " and ".join(rules)
+                found.setdefault(tuple(map(id, fair)), (fair, []))[1].append(rule)
+        for fair, rules in found.values():
+            yield line, Line(tuple(fair)), " and ".join(rules)
 
 
 def _fair(line: Line, baseline: Row, rule: str) -> bool:
