@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -543,17 +544,40 @@ def test_store_verify_finds_damage_and_run_mends_it(there: Finished, call: Call,
 
 
 def test_store_is_carried_to_another_machine(there: Finished, call: Call, tmp_path: Path) -> None:
-    code, out, err = call("store", "export", tmp_path / "carried", there.suite, "--part-size", "64K")
+    code, _, err = call("store", "export", tmp_path / "carried", there.suite, "--part-size", "64K")
     assert (code, err) == (0, "")
     assert max(path.stat().st_size for path in (tmp_path / "carried").glob("part-*")) <= 64 * 1024
     assert call("store", "import", tmp_path / "carried", "--store", tmp_path / "store").out.startswith("imported")
     assert "none to make" in call("plan", there.suite, "--store", tmp_path / "store").out
-    everything = call("store", "export", tmp_path / "all", "--state")
-    assert everything.out.split()[1] == out.split()[1]
     more = there.suite.with_name("more.yaml")
     more.write_text(yaml.safe_dump({"extends": "tiny.yaml", "seeds": [0, 7]}))
     other = call("store", "export", tmp_path / "some", more)
     assert "not made yet" in one_line(other.err)
+
+
+def test_an_export_is_of_the_kinds_that_are_asked_for(copied: Path, call: Call, tmp_path: Path) -> None:
+    """Training states, large and only good for going on, where they are asked for."""
+    place = Store(copied)
+    with place.writing("5" * 20, "state", "a warm-up", {}, {}) as draft:
+        (draft.dir / "moments").write_bytes(b"large")
+    whole = Counter(manifest.kind for manifest in place.ls())
+
+    def kinds(*words: str) -> Counter[str]:
+        dest = tmp_path / ("-".join(words) or "usual")
+        assert call("store", "export", dest, *words, "--store", copied).code == 0
+        index = json.loads((dest / "index.json").read_text())
+        return Counter(place.manifest(name).kind for name in index["artifacts"])
+
+    usual = Counter({kind: n for kind, n in whole.items() if kind != "state"})
+    assert len(usual) > 4
+    assert kinds() == usual
+    assert kinds("--state") == whole
+    assert kinds("--kind", "student, score") == Counter({kind: whole[kind] for kind in ("student", "score")})
+    assert kinds("--kind", "student", "--kind", "state") == Counter({"student": whole["student"], "state": 1})
+    code, _, err = call("store", "export", tmp_path / "x", "--kind", "students", "--store", copied)
+    assert code == 2
+    assert "--kind: 'students' is not allowed; did you mean 'student'?" in one_line(err)
+    assert not (tmp_path / "x").exists()
 
 
 def test_sizes_are_said_in_binary_units() -> None:

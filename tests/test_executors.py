@@ -29,6 +29,7 @@ from o2mkd_bench.core.store import Store
 from o2mkd_bench.executors.choose import Placement, choose
 from o2mkd_bench.executors.dispatch import Dispatch
 from o2mkd_bench.executors.local import Local, LocalOptions
+from o2mkd_bench.executors.queue import Queue
 from o2mkd_bench.report.frame import write_csv
 from o2mkd_bench.runner import Results, run_session
 from o2mkd_bench.stages.bench import Bench
@@ -277,6 +278,17 @@ def test_streams_that_fill_the_slots_stay_whole(tmp_path: Path) -> None:
     crews = trained_together({**ONE_SEED, "seeds": [0, 1]}, tmp_path, 2)
     assert [len(crew) for crew in crews] == [6, 6]
     assert all(len({label[-1] for label in crew}) == 1 for crew in crews)
+
+
+def test_rows_are_finished_before_more_is_trained(tmp_path: Path) -> None:
+    """So that a run that is cut leaves rows."""
+    plan = session(suite(wrappers=[{"o2mkd": {"students": 4}}, "single"]), tmp_path).plan
+    queue = Queue(list(plan.stages.values()), lambda stage: ())
+    for stage in plan.stages.values():
+        if stage.kind in ("data", "teacher", "state") or stage.label.endswith("single seed 0"):
+            queue.settle(stage.identity)
+    kinds = [stage.kind for stage in queue.ready()]
+    assert kinds == ["reference", "samples", "samples", *["student"] * 4, *["speed"] * 3]
 
 
 class Moody(Recorder):

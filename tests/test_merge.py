@@ -157,6 +157,27 @@ def test_what_one_run_lacks_of_a_cell_another_gives(whole):
     assert rows(merge([failed, whole])) == whole["rows"]
 
 
+def test_a_speed_is_that_of_all_cells_that_run_the_same_networks_in_the_same_way(whole):
+    """It is of architectures and samplers, and not of weights."""
+    for row in whole["rows"]:
+        row["networks"] = [row["student"]] * row["students"]
+    read_of = part(whole, lambda row: row["seed"] == 0 and row["method"] == "output")
+    for row in (row for row in whole["rows"] if row["role"] == "student"):
+        row["speed"] = None
+    found = merge([whole, read_of])["rows"]
+    read = {(r["student"], r["wrapper"], r["steps"]): r["speed"] for r in read_of["rows"] if r["speed"]}
+    students = [row for row in found if row["role"] == "student"]
+    assert len(read) == 12
+    assert len(students) > len(read)
+    for row in students:
+        assert row["speed"] == read[row["student"], row["wrapper"], row["steps"]]
+    # whose networks nobody knows has none, and another number of steps is another speed
+    for row in (*whole["rows"], *read_of["rows"]):
+        row["networks"] = None if row["steps"] == 5 else row["networks"]
+    others = [row for row in merge([whole, read_of])["rows"] if row["role"] == "student" and row["seed"] == 1]
+    assert {row["steps"] for row in others if row["speed"]} == {10}
+
+
 def test_of_two_that_are_done_the_first_counts(whole):
     other = copy.deepcopy(whole)
     other["rows"][0]["scores"] = {"fd_digits": 0.0}

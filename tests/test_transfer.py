@@ -16,14 +16,14 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.core.transfer import export_artifacts, import_artifacts, parse_size
 
-A, B, STATE = "a" * 20, "b" * 20, "c" * 20
+A, B = "a" * 20, "b" * 20
 
 
 @pytest.fixture
 def store(tmp_path):
-    """Two artifacts of some kilobytes and a training state."""
+    """Two artifacts of some kilobytes."""
     store = Store(tmp_path / "here")
-    for id, kind in ((A, "student"), (B, "scores"), (STATE, "state")):
+    for id, kind in ((A, "student"), (B, "scores")):
         with store.writing(id, kind, f"label {id[0]}", {"width": 0.5}, {}) as draft:
             (draft.dir / "deep").mkdir()
             (draft.dir / "deep" / "weights").write_bytes(bytes(range(256)) * 40)
@@ -66,7 +66,7 @@ def repack(dest, content):
 
 @pytest.mark.parametrize("part_size", [1000, 10240, 1 << 20])
 def test_round_trip(store, there, dest, part_size):
-    assert export_artifacts(store, [A, B, A, STATE], dest, part_size) == [A, B]
+    assert export_artifacts(store, [A, B, A], dest, part_size) == [A, B]
     index = json.loads((dest / "index.json").read_text())
     parts = sorted(p.name for p in dest.glob("part-*"))
     assert parts == sorted(index["parts"])
@@ -80,13 +80,7 @@ def test_round_trip(store, there, dest, part_size):
     for id in (A, B):
         assert there.manifest(id) == store.manifest(id)
         assert there.read(id, "deep/weights").read_bytes() == store.read(id, "deep/weights").read_bytes()
-    assert not there.has(STATE)
     assert import_artifacts(there, dest) == []
-
-
-def test_states_come_along_when_asked_for(store, there, dest):
-    assert export_artifacts(store, [STATE], dest, 1 << 20, include_state=True) == [STATE]
-    assert import_artifacts(there, dest) == [STATE]
 
 
 def test_equal_artifacts_give_equal_bytes(store, tmp_path):

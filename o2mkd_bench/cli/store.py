@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -120,6 +121,12 @@ def export(
         list[Path] | None, typer.Argument(metavar="[SUITE…]", help="What these need alone.", show_default=False)
     ] = None,
     part_size: PartSize = "16M",
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", metavar="KIND", help="Only these kinds, as `store ls` has them: `student,edges`; may be repeated."
+        ),
+    ] = None,
     state: Annotated[
         bool, typer.Option("--state", help="Training states too, which only a resumed run needs.")
     ] = False,
@@ -128,20 +135,35 @@ def export(
 ) -> None:
     """Copy artifacts into a folder of files of limited size, for another machine.
 
-    Example: `o2mkd-bench store export carried suites/quickstart.yaml`
+    Example: `o2mkd-bench store export carried suites/quickstart.yaml --kind student`
     """
     from ..core.session import existing_store
     from ..core.transfer import export_artifacts, parse_size
 
     place = existing_store(store)
     size = parse_size(part_size)
-    stored = [manifest.identity for manifest in place.ls()]
+    chosen = _kinds(kinds or (), state)
+    stored = [manifest.identity for manifest in place.ls() if manifest.kind in chosen]
     if suites:
-        wanted = {name for suite in suites for name in open_session(suite, store, device=device).plan.stages}
+        plans = [open_session(suite, store, device=device).plan for suite in suites]
+        wanted = {name for plan in plans for name, stage in plan.stages.items() if stage.kind in chosen}
         stored = [name for name in stored if name in wanted]
         if absent := len(wanted) - len(stored):
             print(f"{counted(absent, 'stage')} of {counted(len(wanted), 'stage')} not made yet", file=sys.stderr)
-    print(f"exported {counted(len(export_artifacts(place, stored, dest, size, state)), 'artifact')} to {dest}")
+    print(f"exported {counted(len(export_artifacts(place, stored, dest, size)), 'artifact')} to {dest}")
+
+
+def _kinds(given: Sequence[str], state: bool) -> set[str]:
+    """The kinds of stages that are named, or all but training states; with ``state`` these too."""
+    from ..core.complaints import not_allowed
+    from ..core.errors import UserError
+    from ..core.plan import SEMANTICS
+
+    named = [word.strip() for text in given for word in text.split(",")]
+    for word in named:
+        if word not in SEMANTICS:
+            raise UserError(f"--kind: {not_allowed(word, list(SEMANTICS))}")
+    return set(named or SEMANTICS.keys() - {"state"}) | ({"state"} if state else set())
 
 
 @app.command("import")

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 FORMAT = 1
-STATE = "state"
 
 
 class Index(BaseModel):
@@ -56,13 +55,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def export_artifacts(
-    store: Store, ids: Iterable[str], dest: Path, part_size: int, include_state: bool = False
-) -> list[str]:
+def export_artifacts(store: Store, ids: Iterable[str], dest: Path, part_size: int) -> list[str]:
     """Write artifacts into the folder ``dest``, in files of at most ``part_size`` bytes; equal stores give equal bytes.
 
     Returns:
-        the identities exported: those asked for, without training states unless ``include_state``.
+        the identities exported, each once.
 
     Raises:
         UserError: when an artifact is absent or damaged, or ``dest`` is not empty or cannot be written.
@@ -79,8 +76,7 @@ def export_artifacts(
         try:
             with tarfile.open(fileobj=parts, mode="w|") as tar:
                 for id in dict.fromkeys(ids):
-                    if include_state or store.manifest(id).kind != STATE:
-                        chosen[id] = _pack(store, id, tar)
+                    chosen[id] = _pack(store, id, tar)
             parts.complete()
             write_synced(dest / INDEX, Index(parts=parts.done, artifacts=chosen).model_dump_json(indent=2))
             sync(dest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from ..core.cohorts import KINDS
 from ..core.plan import Stage
 
 
@@ -41,8 +42,12 @@ class Queue:
         return list(self._here.values())
 
     def ready(self) -> list[Stage]:
-        """Those that wait for nothing, in the plan's order, what must run alone last."""
-        return sorted(self._ready.values(), key=lambda one: (one.kind == "speed", self._order[one.identity]))
+        """Those that wait for nothing, in the plan's order, but what trains behind what finishes rows, so that a run
+        that is cut leaves rows, and what must run alone last.
+        """
+        return sorted(
+            self._ready.values(), key=lambda one: (one.kind == "speed", one.kind in KINDS, self._order[one.identity])
+        )
 
     def take(self, names: Iterable[str]) -> None:
         for name in names:

@@ -17,15 +17,21 @@ _STANDINGS = ("done", "failed", "unresolved", "missing")
 _LABELS = tuple(label for label in AXES if label != "wrapper")
 _HEAD = ("created", "machine", "versions", "git_commit")
 _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
+# what rows have in common whose speed is one, of whatever weights (docs/semantics.md)
+_TIMED = (
+    *("dataset", "teacher", "sampler", "steps", "networks", "edges", "calls"),
+    *("prediction", "precision", "spacing", "clip", "guidance"),
+)
 
 
 def merge(documents: Sequence[Results]) -> dict[str, Any]:
     """Every cell of ``documents`` once, in the order in which they are first listed.
 
     A cell that several have is that of the first with the most scores of it; what this lacks, a speed say, is the next
-    one's. It is the baseline of all that any of them says. A row that has no identity yet gives way to those of its
-    name that have one. ``runs`` tells when and where the rows that are done were made, and how many each run gave; a
-    row's ``run`` is its place there.
+    one's, and a speed that nobody read of it that of a cell that runs the same networks in the same way. It is the
+    baseline of all that any of them says. A row that has no identity yet gives way to those of its name that have one.
+    ``runs`` tells when and where the rows that are done were made, and how many each run gave; a row's ``run`` is its
+    place there.
 
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
@@ -43,6 +49,7 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
             made.append(owners[id(found[0])])
             merged["run"] = runs.of(made[-1], found[0])
         rows.append(merged)
+    _share_speeds(rows)
     # a plan made elsewhere says nothing of where the rows come from
     newest = max(made or documents, key=lambda document: document.get("created") or "")
     return {
@@ -119,6 +126,14 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
     else:
         merged.pop("run", None)
     return merged
+
+
+def _share_speeds(rows: Sequence[dict[str, Any]]) -> None:
+    """Give each row without a reading that of the first that runs the same networks in the same way."""
+    read = {repr([row.get(key) for key in _TIMED]): row["speed"] for row in reversed(rows) if row.get("speed")}
+    for row in rows:
+        if row.get("networks") and not row.get("speed"):
+            row["speed"] = read.get(repr([row.get(key) for key in _TIMED]))
 
 
 def scored(row: Row) -> set[str]:

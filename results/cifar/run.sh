@@ -8,7 +8,7 @@
 #   results/cifar/run.sh warm [CONFIG]    compile alone; with the config.json of the teacher's U-Net also while neither
 #                                         its weights nor the images are there, on random ones
 #   results/cifar/run.sh report           the table alone: of the slices, and of what OUT has from other machines
-#   results/cifar/run.sh out|in FOLDER    finished stages into FOLDER in parts of 16 MB, and from there into the store
+#   results/cifar/run.sh out|in FOLDER    finished students into FOLDER in parts of 16 MB, and from there into the store
 #
 # CIFAR_TEACHER, CIFAR10_ROOT: see suites/cifar_local.yaml. SUITE: another suite, such as suites/cifar.yaml.
 # WORK: the store and the compiler's caches (.o2mkd/cifar). OUT: tables and pictures (results/cifar).
@@ -227,8 +227,9 @@ slices() {
   local seed student
   local headline=(--only wrapper=single,o2mkd-4 --only budget=819k --only sampler=ddim,dpm_solver)
   local output=(--only method=output --only budget=819k)
-  # their baseline is the one student of the headline, which is not to be trained again where its store is gone
-  local lone=("${output[@]}" --set baselines=[])
+  # their baseline is the one student of the headline, which is not to be trained again where its store is gone; steps
+  # that they do not take are not for the teacher to take either
+  local lone=("${output[@]}" --only steps=10,50 --set baselines=[])
 
   # the teacher alone: its ladder, and what `expect:` in suites/cifar_local.yaml is to say
   slice teacher 110 "$suite" --set 'include=[{student: nobody}]' --only seed=0 --set speed.enabled=false
@@ -310,7 +311,8 @@ case ${1:-} in
   list) listing=yes ;;
   report) report; exit ;;
   warm) warm "${2:-}"; exit ;;
-  out) exec o2mkd-bench store export "$2" "$suite" "$tuning" --store "$store" ;;
+  # images are drawn again in seconds
+  out) exec o2mkd-bench store export "$2" "$suite" "$tuning" --kind student,round,edges --store "$store" ;;
   in) exec o2mkd-bench store import "$2" --store "$store" ;;
   *) asked=("$@") ;;
 esac
