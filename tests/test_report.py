@@ -402,6 +402,9 @@ def test_speeds_of_several_devices_are_no_mean() -> None:
     assert "no speed: digits half output single ddim 10: seeds were timed on different devices" in page
     found = compare(of(rows[:1]), of([{**rows[1], "seed": 0}])).markdown()
     assert re.search(r"\| +\d\.\d\d× \| timed on cpu and on another \|$", found, re.MULTILINE)
+    rows[1]["speed"] = {**rows[0]["speed"], "batch": 8, "compile": "on"}
+    found = compare(of(rows[:1]), of([{**rows[1], "seed": 0}])).markdown()
+    assert re.search(r"timed at batch 128 with compile off and at batch 8 with compile on \|$", found, re.MULTILINE)
 
 
 def test_what_seeds_have_in_their_own_way_is_marked() -> None:

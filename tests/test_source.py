@@ -89,6 +89,7 @@ def test_environment_errors_name_the_variable_and_the_line(monkeypatch: pytest.M
         "x.yaml:2: the environment variable GONE is not set; set it, or write ${GONE:-default}"
     )
     assert "'${a b}' is no environment variable" in said("a: ${a b}\n")
+    assert "'a/${HOME' opens a variable and leaves it open; write ${NAME}" in said("a: a/${HOME\n")
 
 
 def write(folder: Path, **files: str) -> None:

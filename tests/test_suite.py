@@ -409,7 +409,12 @@ ERRORS = [
     (
         "name: small",
         "name: small\ndevice: gpu",
-        "x.yaml:2: device: 'gpu' is not allowed; did you mean 'cpu'? (allowed: cpu, cuda, cuda:0",
+        "x.yaml:2: device: a GPU is called 'cuda' here, as in torch; write cuda, cuda:0 or auto",
+    ),
+    (
+        "name: small",
+        "name: small\ndevice: cdua",
+        "x.yaml:2: device: 'cdua' is not allowed; did you mean 'cuda'? (allowed: cpu, cuda, cuda:0",
     ),
     (
         "name: small",

@@ -57,6 +57,8 @@ def _folder(value: str) -> str:
 
 
 def _device(value: str) -> str:
+    if value == "gpu":
+        raise ValueError("a GPU is called 'cuda' here, as in torch; write cuda, cuda:0 or auto")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError(not_allowed(value, ["cpu", "cuda", "cuda:0", "auto"]))
     return value

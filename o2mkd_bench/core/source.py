@@ -185,6 +185,8 @@ class _Reader:
         tag, text = node.tag, node.value
         if tag == _STR and "${" in text:
             whole = _REFERENCE.fullmatch(text) is not None
+            if "${" in _REFERENCE.sub("", text):
+                raise UserError(f"{self.origin(node)}: {text!r} opens a variable and leaves it open; write ${{NAME}}")
             text = _REFERENCE.sub(lambda found: self.variable(found, self.origin(node)), text)
             if whole and node.style is None:
                 tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]

@@ -12,6 +12,8 @@ from .lines import CELL, Metric, Results, Row, metrics, numbered, same_protocol
 from .text import decimals, finite, listed, markdown_text
 
 _NAMES = (*CELL, "seed")
+# what two readings of one speed must have in common
+_READ = {"device": "on {}", "batch": "at batch {}", "compile": "with compile {}"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Difference:
 class Pair:
     """A row of both sides. ``a``, ``b``: its status there, or ``absent``; ``speed_ratio``: images/s of b over a.
 
-    ``speeds_of``: the devices of these, where they are two.
+    ``speeds_of``: how each of these was read, where that differs: ``on cpu at batch 8``.
     """
 
     cell: Mapping[str, Any]
@@ -138,14 +140,15 @@ def _pair(key: Sequence[Any], a: Row | None, b: Row | None, columns: Sequence[st
     before, after = ((row.get("speed") or {}) if row else {} for row in (a, b))
     timed = [finite(reading.get("images_per_second")) for reading in (before, after)]
     ratio = timed[1] / timed[0] if timed[0] and timed[1] else None
-    devices = str(before.get("device")), str(after.get("device"))
+    differing = [key for key in _READ if before.get(key) != after.get(key)]
+    first, second = (" ".join(_READ[key].format(reading.get(key)) for key in differing) for reading in (before, after))
     return Pair(
         cell=dict(zip(_NAMES, key, strict=False)),
         a=str(a["status"]) if a else "absent",
         b=str(b["status"]) if b else "absent",
         scores={column: Difference(score(a, column), score(b, column)) for column in columns},
         speed_ratio=ratio,
-        speeds_of=devices if ratio and devices[0] != devices[1] else None,
+        speeds_of=(first, second) if ratio and differing else None,
     )
 
 
@@ -166,4 +169,4 @@ def _only(pair: Pair) -> str:
     if pair.a == "absent":
         return "only in b" + (f" ({pair.b})" if pair.b != "done" else "")
     said = [f"{status} in {side}" for side, status in (("a", pair.a), ("b", pair.b)) if status != "done"]
-    return ", ".join([*said, *([f"timed on {' and on '.join(pair.speeds_of)}"] if pair.speeds_of else [])])
+    return ", ".join([*said, *([f"timed {' and '.join(pair.speeds_of)}"] if pair.speeds_of else [])])
