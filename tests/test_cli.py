@@ -171,7 +171,7 @@ def test_run_says_failed_cells_with_exit_code_1(there: Finished, call: Call, tmp
 def test_patterns_that_match_nothing_are_said(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = ["--set", "include=[{student: nobody}, {method: output}]", "--set", "exclude=[{seed: [3]}]"]
     said = [
-        f"note: {there.suite}: include[0].student: 'nobody' matches no student of this suite (known: half)",
+        f"note: {there.suite}: include[0].student: 'nobody' matches no student of this suite (known: half, teacher)",
         f"note: {there.suite}: exclude[0].seed: '3' matches no seed of this suite (known: 1, 2, 4, 5, 6 and 1 more)",
     ]
     seeds = ["--set", "seeds=[1, 2, 4, 5, 6, 7]"]

@@ -388,6 +388,23 @@ def test_rows_of_the_teacher_follow_rules_about_what_they_have(plan):
     assert steps(exclude=[{"steps": 8}]) == [4]
 
 
+def test_a_teacher_is_a_student_of_that_name_in_rules(plan):
+    def kinds(*only, **rules):
+        found = plan(*only, samplers=[{"ddim": {"steps": [4, 8]}}], baselines=[], **rules)
+        return [(cell.labels["student"] or cell.role, cell.labels["steps"]) for cell in found.cells]
+
+    teacher, student = [("teacher", 4), ("teacher", 8)], [("half", 4), ("half", 8)]
+    assert kinds() == teacher + student
+    assert kinds("student=teacher") == kinds(include=[{"student": "teacher"}]) == teacher
+    assert kinds("student=teacher", "steps=8") == [("teacher", 8)]
+    assert kinds("student=teacher,half") == kinds("student=half") == teacher + student
+    assert kinds(exclude=[{"student": "teacher"}]) == student
+    assert kinds(exclude=[{"student": ["teacher", "half"], "steps": 8}]) == [("teacher", 4), ("half", 4)]
+    assert kinds(include=[{"student": "teacher", "steps": 4}, {"student": "half", "steps": 8}]) == [*teacher, ("half", 8)]
+    # a pattern that would match any student is of students
+    assert kinds(include=[{"student": "*"}], exclude=[{"student": "*", "steps": 4}]) == [*teacher, ("half", 8)]
+
+
 def test_a_plan_of_nothing_is_an_error(plan):
     with pytest.raises(UserError, match="include: no cell is left after include, exclude and --only"):
         plan("sampler=ddpm")

@@ -42,7 +42,9 @@ Sets = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        "--only", metavar="AXIS=PATTERN", help="Only cells with these labels: `method=output,feature`; may be repeated."
+        "--only",
+        metavar="AXIS=PATTERN",
+        help="Only cells with these labels: `method=output,feature`, or `student=teacher`; may be repeated.",
     ),
 ]
 StoreDir = Annotated[

@@ -318,8 +318,15 @@ Patterns = Annotated[
 ]
 
 
+TEACHER = "teacher"
+"""What tables, rules and ``--only`` have where a student's name stands, for the rows of a teacher itself."""
+
+
 class Rule(Block):
-    """Cells by their labels: every axis given must match one of its patterns (``*``, ``?`` as in file names)."""
+    """Cells by their labels: every axis given must match one of its patterns (``*``, ``?`` as in file names).
+
+    The student ``teacher`` is a teacher itself: its own rows, drawn from its own weights.
+    """
 
     dataset: Patterns = None
     teacher: Patterns = None
@@ -341,6 +348,10 @@ class Rule(Block):
     def patterns(self) -> dict[str, tuple[str, ...]]:
         """The axes this rule speaks of."""
         return {axis: tuple(found) for axis, found in self if found is not None}
+
+    def of_teacher(self) -> dict[str, tuple[str, ...]]:
+        """What it asks of a teacher's rows: less, where it names them."""
+        return {axis: found for axis, found in self.patterns().items() if axis != "student" or TEACHER not in found}
 
     def matches(self, cell: Mapping[str, Any]) -> bool:
         """Whether ``cell`` (axis to label) is one this rule means."""

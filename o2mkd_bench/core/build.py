@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .blocks import Baseline
+from .blocks import Baseline, any_match
 from .edges import Undecided
 from .errors import UserError
 from .identity import identity
@@ -17,7 +17,7 @@ from .measures import Machine, Measures, Subject
 from .plan import AXES, Cell, Plan, Trained
 from .plugins import Registry
 from .plugins import registry as default_registry
-from .suite import Budget, MethodEntry, Rule, StudentEntry, Suite, TeacherEntry, WrapperEntry
+from .suite import Budget, MethodEntry, StudentEntry, Suite, TeacherEntry, WrapperEntry
 from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_batch, baseline_steps
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
@@ -180,10 +180,13 @@ class Builder:
 
     def _teacher_row(self, labels: Labels) -> bool:
         """Whether include and exclude leave a teacher's row, which stays whatever they say about axes it has not."""
-        if any(_has(rule, labels) and rule.matches(labels) for rule in self.suite.exclude):
+        excluding = (rule.of_teacher() for rule in self.suite.exclude)
+        if any(all(labels[a] != "" and any_match(p, labels[a]) for a, p in rule.items()) for rule in excluding):
             return False
-        own = [{a: p for a, p in rule.patterns().items() if labels[a] != ""} for rule in self.suite.include]
-        return not own or any(not patterns or Rule(**patterns).matches(labels) for patterns in own)
+        including = [rule.of_teacher() for rule in self.suite.include]
+        return not including or any(
+            all(labels[a] == "" or any_match(p, labels[a]) for a, p in rule.items()) for rule in including
+        )
 
     # what they are made of
 
@@ -265,11 +268,6 @@ class Builder:
 
 def _labels(draw: Draw) -> dict[str, Any]:
     return {"sampler": draw.entry.label, "steps": draw.steps, "weights": draw.weights}
-
-
-def _has(rule: Rule, labels: Labels) -> bool:
-    """Whether a row has every axis that the rule speaks of."""
-    return all(labels[axis] != "" for axis in rule.patterns())
 
 
 def _unresolved(limb: Limb) -> Iterator[Cell]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .blocks import any_match
+from .blocks import TEACHER, any_match
 from .complaints import near
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Stray:
 def stray_patterns(suite: Suite) -> Iterator[Stray]:
     """All of them, in their order. A suite as it is written has none; one that ``--set`` has changed may have some."""
     labels = suite.labels()
+    labels["student"] += (TEACHER,)
     for key, rules in (("include", suite.include), ("exclude", suite.exclude)):
         for number, rule in enumerate(rules):
             for axis, patterns in rule.patterns().items():

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .blocks import any_match
+from .blocks import TEACHER, any_match
 from .build import build
 from .checkpoints import download_hub, resolve_hub
 from .complaints import near
@@ -150,10 +150,11 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
             plan = build(suite, machine, locate, accept, registry, edges)
             check_sources(plan, place, registry)
     for text in only:
-        axis = text.partition("=")[0]
+        axis, _, value = text.partition("=")
+        own = (TEACHER,) if axis == "student" else ()
         # a teacher's row has no method, wrapper … and stays whatever is asked of those
-        if all(cell.labels[axis] == "" for cell in plan.cells):
-            known = ", ".join(suite.labels()[axis])
+        if set(own).isdisjoint(value.split(",")) and all(cell.labels[axis] == "" for cell in plan.cells):
+            known = ", ".join([*suite.labels()[axis], *own])
             raise UserError(f"--only {text} leaves no cell; {axis} is one of {known}")
     return Session(suite, place, machine, plan, registry, tuple(only))
 

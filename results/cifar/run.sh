@@ -31,6 +31,7 @@ seeds=${SEEDS:-0 1 2}
 tuning_seeds="100 101 102"
 methods=(output "{output: {}, feature: {task: 0}, label: output+feature}")
 warm_images=5120
+lone_steps=10,50
 # results/cifar/tuning.yaml lies elsewhere than the suite, and paths in a suite are relative to it
 export CIFAR10_ROOT=${CIFAR10_ROOT:-$root/data/cifar10-jpeg.tar.xz}
 export CIFAR_TEACHER=${CIFAR_TEACHER:-$root/data/ddpm-cifar10-jpeg}
@@ -98,7 +99,7 @@ if [[ ${REHEARSE:-} && ${1:-} != list ]]; then
   [[ ${WORK:-} ]] || { work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT; }
   mkdir -p "$work"
   work=$(realpath "$work") students=${STUDENTS:-quarter} seeds=${SEEDS:-0}
-  tuning_seeds=100 warm_images=960
+  tuning_seeds=100 warm_images=960 lone_steps=1
   [[ -e $work/suite.yaml ]] || toy "$work" || exit
   export CIFAR10_ROOT=$work/data CIFAR_TEACHER=$work/teacher
   suite=$work/suite.yaml tuning=$work/tuning.yaml out=${OUT:-$work/results}
@@ -194,7 +195,7 @@ warm() {
       pids[$name]=$!
     done
   done
-  timeout "$limit" "${tiny[@]}" --set methods=[output] --set 'include=[{student: nobody}]' --out "$work/warm-teacher" \
+  timeout "$limit" "${tiny[@]}" --set methods=[output] --only student=teacher --out "$work/warm-teacher" \
     >"$work/warm-teacher.log" 2>&1 &
   pids[teacher]=$!
   for name in "${!pids[@]}"; do
@@ -229,10 +230,10 @@ slices() {
   local output=(--only method=output --only budget=819k)
   # their baseline is the one student of the headline, which is not to be trained again where its store is gone; steps
   # that they do not take are not for the teacher to take either
-  local lone=("${output[@]}" --only steps=10,50 --set baselines=[])
+  local lone=("${output[@]}" --only steps="$lone_steps" --set baselines=[])
 
   # the teacher alone: its ladder, and what `expect:` in suites/cifar_local.yaml is to say
-  slice teacher 110 "$suite" --set 'include=[{student: nobody}]' --only seed=0 --set speed.enabled=false
+  slice teacher 110 "$suite" --only student=teacher --only seed=0 --set speed.enabled=false
   for student in $students; do
     main "$(of "$student" 720 680)" "headline-$student" --only method=output "${headline[@]}" --only weights=ema \
       --only student="$student"
@@ -251,7 +252,7 @@ slices() {
   local students_and_edges=o2mkd-2,o2mkd-8,o2mkd-2-snr,o2mkd-4-snr,o2mkd-8-snr
   for student in $students; do
     main 540 "features-light-$student" --only method=output+feature-light "${headline[@]}" --only student="$student"
-    main 600 "batch-32-$student" "${lone[@]}" --only wrapper=single-batch-32 --only student="$student"
+    main 700 "batch-32-$student" "${lone[@]}" --only wrapper=single-batch-32 --only student="$student"
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
     # measured edges, and so speeds, are each seed's own; these read them of the students that those left in the store
     for name in auto auto-batch; do
@@ -260,7 +261,7 @@ slices() {
         --only seed="$(comma $seeds)" --set sampling.teacher_steps=[]
     done
     main 900 "edges-$student" "${lone[@]}" --only wrapper=$students_and_edges --only student="$student"
-    main 900 "controls-$student" "${lone[@]}" --only wrapper=$controls --only student="$student"
+    main 1150 "controls-$student" "${lone[@]}" --only wrapper=$controls --only student="$student"
     main 600 "spending-$student" "${lone[@]}" --only wrapper=o2mkd-4-keep,o2mkd-4-scratch,o2mkd-4-full \
       --only student="$student"
     main 500 "hints-$student" --only method=feature "${headline[@]}" --only student="$student"
