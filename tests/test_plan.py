@@ -400,7 +400,8 @@ def test_a_teacher_is_a_student_of_that_name_in_rules(plan):
     assert kinds("student=teacher,half") == kinds("student=half") == teacher + student
     assert kinds(exclude=[{"student": "teacher"}]) == student
     assert kinds(exclude=[{"student": ["teacher", "half"], "steps": 8}]) == [("teacher", 4), ("half", 4)]
-    assert kinds(include=[{"student": "teacher", "steps": 4}, {"student": "half", "steps": 8}]) == [*teacher, ("half", 8)]
+    both = [{"student": "teacher", "steps": 4}, {"student": "half", "steps": 8}]
+    assert kinds(include=both) == [*teacher, ("half", 8)]
     # a pattern that would match any student is of students
     assert kinds(include=[{"student": "*"}], exclude=[{"student": "*", "steps": 4}]) == [*teacher, ("half", 8)]
 
