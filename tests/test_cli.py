@@ -169,17 +169,20 @@ def test_run_says_failed_cells_with_exit_code_1(there: Finished, call: Call, tmp
 
 
 def test_patterns_that_match_nothing_are_said(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = ["--set", "include=[{student: nobody}, {method: output}]", "--set", "exclude=[{seed: [3]}]"]
+    rules = ["--set", "include=[{student: nobody}, {method: output}]"]
+    rules += ["--set", "exclude=[{seed: [3]}, {student: teach*, steps: 2}, {student: teacher, seed: 7}]"]
     said = [
         f"note: {there.suite}: include[0].student: 'nobody' matches no student of this suite (known: half, teacher)",
         f"note: {there.suite}: exclude[0].seed: '3' matches no seed of this suite (known: 1, 2, 4, 5, 6 and 1 more)",
+        f"note: {there.suite}: exclude[1].student: 'teach*' matches no student of this suite; did you mean 'teacher'? "
+        "(known: half, teacher)",
     ]
     seeds = ["--set", "seeds=[1, 2, 4, 5, 6, 7]"]
     code, _, err = call("plan", there.suite, *rules, *seeds)
     assert (code, err.splitlines()) == (0, said)
     assert call("plan", there.suite, *rules, *seeds, "--json").err == ""
     monkeypatch.setattr("o2mkd_bench.runner.run_session", lambda *_, **__: 1 / 0)
-    assert call("run", there.suite, *rules, *seeds).err.splitlines()[:2] == said
+    assert call("run", there.suite, *rules, *seeds).err.splitlines()[:3] == said
 
 
 def test_run_can_be_interrupted(there: Finished, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from o2mkd_bench import Interval, Job, Law, Lift, NoiseSchedule, UserError
 from o2mkd_bench.core.errors import PluginError
-from o2mkd_bench.core.jobs import check_jobs, lineage, total_images
-from o2mkd_bench.core.training import baseline_batch, baseline_steps
+from o2mkd_bench.core.jobs import baseline_batch, baseline_steps, check_jobs, lineage, total_images
 from o2mkd_plugins.wrappers.intervals import snr, uniform
 from o2mkd_plugins.wrappers.o2mkd import O2MKD
 from o2mkd_plugins.wrappers.options import O2MKDOptions, SingleOptions
@@ -239,10 +238,20 @@ def test_the_control_with_normalised_losses_differs_in_its_loss_alone():
     assert by_rule.normalise == (snr(2, NoiseSchedule())[0],)
 
 
-@pytest.mark.parametrize("options", [{}, {"students": 2}, {"intervals": "uniform"}])
-def test_a_loss_is_not_normalised_without_intervals(options):
-    with pytest.raises(UserError, match=r"wrappers\.o2mkd\.normalise: it needs the intervals.*give students"):
-        Single(SingleOptions(normalise=True, **options)).wrap(plain(), LIFT)
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("normalise", {"normalise": True}),
+        ("normalise", {"normalise": True, "students": 2}),
+        ("normalise", {"normalise": True, "intervals": "uniform"}),
+        ("students", {"students": 2}),
+        ("intervals", {"intervals": "snr"}),
+        ("intervals", {"intervals": "auto"}),
+    ],
+)
+def test_no_control_is_the_plain_student_by_another_name(key, options):
+    with pytest.raises(UserError, match=rf"wrappers\.o2mkd\.{key}: it goes with the intervals .*give students of at"):
+        Single(SingleOptions(**options)).wrap(plain(), LIFT)
 
 
 def test_what_is_not_set_enters_no_identity():

@@ -178,6 +178,52 @@ def test_a_speed_is_that_of_all_cells_that_run_the_same_networks_in_the_same_way
     assert {row["steps"] for row in others if row["speed"]} == {10}
 
 
+def test_a_line_keeps_to_the_speeds_of_its_own_device(whole):
+    for row in whole["rows"]:
+        row["networks"] = [row["student"]] * row["students"]
+    elsewhere = part(whole, lambda row: row["method"] == "none")
+    for row in (row for row in elsewhere["rows"] if row["status"] == "done"):
+        row |= {"device": "another", "speed": {**row["speed"], "device": "another", "images_per_second": 1.0}}
+    here = part(whole, lambda row: row["method"] != "none")
+    for row in here["rows"]:
+        row["speed"] = row["speed"] if row["seed"] == 0 and row["method"] == "output" else None
+    found = merge([elsewhere, here])["rows"]
+    assert {row["speed"]["device"] for row in found if row["method"] == "none"} == {"another"}
+    # one of another device is none of theirs, and one of their own seeds comes first
+    assert {row["speed"]["device"] for row in found if row["method"] in ("output", "attention")} == {"cpu"}
+    for row in here["rows"]:
+        row["speed"] = None
+    assert not any(row["speed"] for row in merge([elsewhere, here])["rows"] if row["method"] == "output")
+
+
+def test_a_cell_has_the_name_that_the_suite_gives_it(whole):
+    """Where it is planned as a baseline alone, it has one of what it stands beside."""
+    lone = [row for row in whole["rows"] if row["wrapper"] == "single"]
+    beside = copy.deepcopy(whole)
+    for row in beside["rows"]:
+        if row["wrapper"] == "single":
+            row |= {
+                "wrapper": "single (total of o2mkd-2)",
+                "role": "baseline",
+                "baseline_of": ["equal_total of o2mkd-2"],
+            }
+    of_suite = part(whole, lambda row: row["seed"] == 0 and row["wrapper"] == "single")
+    for order in ([beside, of_suite], [of_suite, beside]):
+        found = [row for row in merge(order)["rows"] if row["cell"] in {row["cell"] for row in lone}]
+        assert {(row["wrapper"], row["role"], row["status"]) for row in found} == {("single", "student", "done")}
+
+
+def test_seconds_are_of_one_training(whole):
+    a, b = copy.deepcopy(whole), copy.deepcopy(whole)
+    row = a["rows"][-1]
+    row |= {"train_seconds": 3000.0, "device_seconds": None, "shared_with": 0}
+    b["rows"][-1] |= {"train_seconds": 10.0, "device_seconds": 12.0, "shared_with": 3}
+    assert merge([a, b])["rows"][-1]["device_seconds"] is None
+    row |= {"train_seconds": None, "shared_with": None}
+    found = merge([a, b])["rows"][-1]
+    assert (found["train_seconds"], found["device_seconds"], found["shared_with"]) == (10.0, 12.0, 3)
+
+
 def test_of_two_that_are_done_the_first_counts(whole):
     other = copy.deepcopy(whole)
     other["rows"][0]["scores"] = {"fd_digits": 0.0}

@@ -535,6 +535,12 @@ def test_rounds_that_cannot_be_are_refused(plan):
         UserError, match=r"^samplers\.progressive.*: 0\.001 of 12800 images is less than one batch of 64"
     ):
         plan(samplers=progressive(4, start=8, share=0.001))
+    fits = r"^samplers\.progressive.*: its rounds begin with students that predict epsilon, and those of half predict v"
+    with pytest.raises(UserError, match=fits), pytest.warns(UserWarning, match="prefer prediction: v"):
+        plan(
+            students=[{"name": "half", "width": 0.5, "prediction": "v_prediction"}],
+            samplers=progressive(4, start=8, prediction="epsilon"),
+        )
 
 
 # errors

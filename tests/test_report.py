@@ -405,6 +405,9 @@ def test_speeds_of_several_devices_are_no_mean() -> None:
     rows[1]["speed"] = {**rows[0]["speed"], "batch": 8, "compile": "on"}
     found = compare(of(rows[:1]), of([{**rows[1], "seed": 0}])).markdown()
     assert re.search(r"timed at batch 128 with compile off and at batch 8 with compile on \|$", found, re.MULTILINE)
+    rows[1] |= {"speed": rows[0]["speed"], "precision": "bf16"}
+    found = compare(of(rows[:1]), of([{**rows[1], "seed": 0}])).markdown()
+    assert re.search(r"timed in fp32 and in bf16 \|$", found, re.MULTILINE)
 
 
 def test_what_seeds_have_in_their_own_way_is_marked() -> None:

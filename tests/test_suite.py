@@ -374,7 +374,7 @@ ERRORS = [
     ("[fid]", "[{label: x}]", "x.yaml:15: metrics.x: expected the name of a plugin (fid), or {name: {options}}, got"),
     ("[fid]", "[3]", "x.yaml:15: metrics.0: expected the name of a plugin (fid)"),
     ("[fid]", "[fid, fid]", "x.yaml:15: metrics.fid: two metrics are called 'fid'; add a label: to one of them"),
-    ("[{name: s}]", "[{name: teacher}]", "x.yaml:8: students.teacher: 'teacher' is what tables call the teacher"),
+    ("[{name: s}]", "[{name: teacher}]", "x.yaml:8: students.teacher.name: 'teacher' is what tables call"),
     ("[{name: s}]", "[{name: s}, {name: s}]", "x.yaml:8: students.s: two students are called 's'; give one another"),
     ("[{name: s}]", "[s]", "x.yaml:8: students.s: expected a mapping, got 's'"),
     ("[{name: s}]", "[{name: 3}]", "x.yaml:8: students.3.name: expected text (put it in quotes), got 3"),

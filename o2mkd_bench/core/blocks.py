@@ -43,10 +43,20 @@ def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+TEACHER = "teacher"
+"""What tables, rules and ``--only`` have where a student's name stands, for the rows of a teacher itself."""
+
+
 def printable(value: str) -> str:
     """``value``, or ValueError where it holds what a terminal or a table would obey, or is too long to read."""
     if not value.isprintable() or len(value) > 200:
         raise ValueError(wanted("one line of at most 200 letters that can be printed", value))
+    return value
+
+
+def _student(value: str) -> str:
+    if value == TEACHER:
+        raise ValueError(f"{TEACHER!r} is what tables call the teacher itself; give the student another name")
     return value
 
 
@@ -231,7 +241,7 @@ class StudentEntry(Block):
         prediction: what it predicts; null is the teacher's.
     """
 
-    name: Name
+    name: Annotated[Name, AfterValidator(_student)]
     width: Annotated[Positive, Field(le=64)] = 1.0
     blocks: Annotated[int, Field(ge=1, le=64)] | None = None
     config: (
@@ -316,10 +326,6 @@ Patterns = Annotated[
     BeforeValidator(_patterns),
     WithJsonSchema({"anyOf": [_PATTERNS_SCHEMA, {"type": "array", "items": _PATTERNS_SCHEMA}]}),
 ]
-
-
-TEACHER = "teacher"
-"""What tables, rules and ``--only`` have where a student's name stands, for the rows of a teacher itself."""
 
 
 class Rule(Block):

@@ -13,12 +13,13 @@ from .edges import Undecided
 from .errors import UserError
 from .identity import identity
 from .inputs import Inputs, Locate
+from .jobs import baseline_batch, baseline_steps
 from .measures import Machine, Measures, Subject
 from .plan import AXES, Cell, Plan, Trained
 from .plugins import Registry
 from .plugins import registry as default_registry
 from .suite import Budget, MethodEntry, StudentEntry, Suite, TeacherEntry, WrapperEntry
-from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at, baseline_batch, baseline_steps
+from .training import Draw, Edges, Recipe, Source, TeacherSource, Trainer, at
 
 __all__ = ["Builder", "Locate", "Machine", "build"]
 

@@ -171,3 +171,18 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
     if [i.lo for i in served] != ends[:-1] or ends[-1] != timesteps:
         found = ", ".join(map(str, served)) or "none"
         raise UserError(f"{where}: the {len(served)} intervals {found} do not cover [0, {timesteps}) exactly once")
+
+
+def baseline_batch(jobs: tuple[Job, ...], rule: str, batch: int) -> int:
+    """Images a step of one student beside ``jobs``: ``batch``; by ``equal_batch`` what their experts see on average."""
+    if rule != "equal_batch":
+        return batch
+    experts = tuple(job for job in jobs if job.serves is not None)
+    return max(1, round(total_images(experts) / sum(job.steps for job in experts)))
+
+
+def baseline_steps(jobs: tuple[Job, ...], rule: str, batch: int) -> int:
+    """Steps of one student that sees as many images as all jobs together, or as the longest lineage among them."""
+    if rule == "per_student":
+        return max(1, round(max(total_images(lineage(jobs, j)) for j in jobs if j.serves is not None) / batch))
+    return max(1, round(total_images(jobs) / batch))

@@ -37,13 +37,13 @@ class Stray:
 def stray_patterns(suite: Suite) -> Iterator[Stray]:
     """All of them, in their order. A suite as it is written has none; one that ``--set`` has changed may have some."""
     labels = suite.labels()
-    labels["student"] += (TEACHER,)
     for key, rules in (("include", suite.include), ("exclude", suite.exclude)):
         for number, rule in enumerate(rules):
             for axis, patterns in rule.patterns().items():
                 for pattern in patterns:
-                    if not any(any_match([pattern], label) for label in labels[axis]):
-                        yield Stray(key, number, axis, pattern, labels[axis])
+                    own = (TEACHER,) if axis == "student" else ()
+                    if pattern not in own and not any(any_match([pattern], label) for label in labels[axis]):
+                        yield Stray(key, number, axis, pattern, (*labels[axis], *own))
 
 
 def notes(suite: Suite) -> list[str]:

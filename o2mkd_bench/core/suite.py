@@ -11,7 +11,6 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from . import plugins, source
 from .blocks import (
-    TEACHER,
     UNIQUE,
     Auto,
     Baseline,
@@ -355,9 +354,6 @@ def _check_labels(suite: Suite, problems: Problems) -> None:
     labels = suite.labels()
     axes = ("dataset", "teacher", "student", "method", "wrapper", "sampler", "budget")
     found = {f"{axis}s": labels[axis] for axis in axes} | {"metrics": tuple(use.label for use in suite.metrics)}
-    if TEACHER in labels["student"]:
-        path = ("students", labels["student"].index(TEACHER))
-        problems.add(path, f"{TEACHER!r} is what tables call the teacher itself; give the student another name")
     for key, names in found.items():
         mend = "give one another name" if key in ("teachers", "students", "budgets") else "add a label: to one of them"
         for number, name in enumerate(names):

@@ -14,7 +14,7 @@ from .edges import IMAGES, POINTS, WAITING, Undecided
 from .errors import CorruptArtifact, PluginError, UserError
 from .identity import identity, resolved
 from .intervals import Interval, Law
-from .jobs import Job, Lift, Wrapper, check_jobs, lineage, total_images
+from .jobs import Job, Lift, Wrapper, check_jobs
 from .models import ModelFamily
 from .plan import Plan, Stage, Trained
 from .plugins import Plugin, Registry
@@ -326,6 +326,11 @@ class Trainer:
             raise UserError(f"{where}: {error}") from None
         if trained.prediction == "v_prediction":
             rounds = tuple(r for r in rounds if r.kind != "convert")
+        if rounds and rounds[0].kind == "halve" and rounds[0].prediction != trained.prediction:
+            raise UserError(
+                f"{where}: its rounds begin with students that predict {rounds[0].prediction}, and those of "
+                f"{recipe.student.name} predict {trained.prediction}; let one predict what the other does"
+            )
         batch = self.training(recipe, draw.entry).batch
         images = 0
         for number, one in enumerate(rounds):
@@ -380,18 +385,3 @@ def clip_of(suite: Suite, entry: SamplerEntry, source: Source) -> Clip:
         return entry.clip
     unsaid = source.latent is not None and "clip" not in suite.sampling.model_fields_set
     return "none" if unsaid else suite.sampling.clip
-
-
-def baseline_batch(jobs: tuple[Job, ...], rule: str, batch: int) -> int:
-    """Images a step of one student beside ``jobs``: ``batch``; by ``equal_batch`` what their experts see on average."""
-    if rule != "equal_batch":
-        return batch
-    experts = tuple(job for job in jobs if job.serves is not None)
-    return max(1, round(total_images(experts) / sum(job.steps for job in experts)))
-
-
-def baseline_steps(jobs: tuple[Job, ...], rule: str, batch: int) -> int:
-    """Steps of one student that sees as many images as all jobs together, or as the longest lineage among them."""
-    if rule == "per_student":
-        return max(1, round(max(total_images(lineage(jobs, j)) for j in jobs if j.serves is not None) / batch))
-    return max(1, round(total_images(jobs) / batch))

@@ -18,7 +18,6 @@ from .plugins import Plugin, Registry
 from .source import Key, Node
 
 Path = tuple[Key, ...]
-Raw = Mapping[str, Any]
 
 KIND_OF_AXIS = {
     "datasets": "datasets",

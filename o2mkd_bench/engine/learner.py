@@ -79,7 +79,7 @@ class Learner:
 
     ``training`` is a suite's ``training`` block as plain data, complete; ``adapters`` are trained along and thrown away
     after. The average (timm's ModelEmaV3) is a plain mean until its length reaches its horizon, the share
-    ``training["ema"]`` of the lineage.
+    ``training["ema"]`` of the lineage; at a pace above 1 from the start on, its first weights count for longer.
     """
 
     def __init__(

@@ -13,7 +13,13 @@ from .text import decimals, finite, listed, markdown_text
 
 _NAMES = (*CELL, "seed")
 # what two readings of one speed must have in common
-_READ = {"device": "on {}", "batch": "at batch {}", "compile": "with compile {}"}
+_READ = {
+    "device": "on {}",
+    "batch": "at batch {}",
+    "compile": "with compile {}",
+    "precision": "in {}",
+    "guidance": "with guidance {}",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ def _pair(key: Sequence[Any], a: Row | None, b: Row | None, columns: Sequence[st
     def score(row: Row | None, column: str) -> float | None:
         return finite((row.get("scores") or {}).get(column)) if row and row["status"] == "done" else None
 
-    before, after = ((row.get("speed") or {}) if row else {} for row in (a, b))
+    # the last two stand in the row
+    before, after = ({**row, **(row.get("speed") or {})} if row else {} for row in (a, b))
     timed = [finite(reading.get("images_per_second")) for reading in (before, after)]
     ratio = timed[1] / timed[0] if timed[0] and timed[1] else None
     differing = [key for key in _READ if before.get(key) != after.get(key)]

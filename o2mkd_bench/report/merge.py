@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.plan import AXES
-from .lines import Results, Row, same_protocol
+from .lines import CELL, Results, Row, same_protocol
 from .text import finite
 
 # From the best: what one document knows of a cell that another has not reached.
@@ -17,6 +17,7 @@ _STANDINGS = ("done", "failed", "unresolved", "missing")
 _LABELS = tuple(label for label in AXES if label != "wrapper")
 _HEAD = ("created", "machine", "versions", "git_commit")
 _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
+_SPENT = ("train_seconds", "device_seconds", "shared_with")
 # what rows have in common whose speed is one, of whatever weights (docs/semantics.md)
 _TIMED = (
     *("dataset", "teacher", "sampler", "steps", "networks", "edges", "calls"),
@@ -29,9 +30,9 @@ def merge(documents: Sequence[Results]) -> dict[str, Any]:
 
     A cell that several have is that of the first with the most scores of it; what this lacks, a speed say, is the next
     one's, and a speed that nobody read of it that of a cell that runs the same networks in the same way. It is the
-    baseline of all that any of them says. A row that has no identity yet gives way to those of its name that have one.
-    ``runs`` tells when and where the rows that are done were made, and how many each run gave; a row's ``run`` is its
-    place there.
+    baseline of all that any of them says, and called what the suite calls it where one of them knows that. A row that
+    has no identity yet gives way to those of its name that have one. ``runs`` tells when and where the rows that are
+    done were made, and how many each run gave; a row's ``run`` is its place there.
 
     Raises:
         UserError: for results of several suites, of one dataset with several contents, or under several protocols.
@@ -116,7 +117,16 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
     """The first row, with what it does not know from those behind it."""
     merged = dict(found[0])
     for row in found[1:]:
-        merged |= {key: value for key, value in row.items() if merged.get(key) in (None, {}) and value is not None}
+        # seconds on another machine are of another training
+        spent = _SPENT if merged.get("train_seconds") is not None else ()
+        merged |= {
+            key: value
+            for key, value in row.items()
+            if merged.get(key) in (None, {}) and value is not None and key not in spent
+        }
+    # as a baseline it has a name of what it stands beside
+    own = next((row for row in found if row.get("role") != "baseline"), found[0])
+    merged |= {key: own[key] for key in (*AXES, "role", "recipe") if own.get(key) is not None}
     # a slice does not plan the rows of all others
     of = dict.fromkeys(text for row in found for text in row.get("baseline_of") or ())
     merged["baseline_of"] = list(of) or None
@@ -129,11 +139,26 @@ def _filled(found: Sequence[Row]) -> dict[str, Any]:
 
 
 def _share_speeds(rows: Sequence[dict[str, Any]]) -> None:
-    """Give each row without a reading that of the first that runs the same networks in the same way."""
-    read = {repr([row.get(key) for key in _TIMED]): row["speed"] for row in reversed(rows) if row.get("speed")}
+    """Give each row without a reading that of another seed of its line, else one of its device, of the same networks.
+
+    So that no line comes to have speeds of two kinds.
+    """
+
+    def named(row: Row) -> tuple[str, str]:
+        return repr([row.get(key) for key in CELL]), _program(row)
+
+    first: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        if row.get("speed"):
+            first.setdefault(named(row), row["speed"])
+            first.setdefault((str(row["speed"].get("device")), _program(row)), row["speed"])
     for row in rows:
         if row.get("networks") and not row.get("speed"):
-            row["speed"] = read.get(repr([row.get(key) for key in _TIMED]))
+            row["speed"] = first.get(named(row)) or first.get((str(row.get("device")), _program(row)))
+
+
+def _program(row: Row) -> str:
+    return repr([row.get(key) for key in _TIMED])
 
 
 def scored(row: Row) -> set[str]:

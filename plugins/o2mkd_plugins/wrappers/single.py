@@ -29,6 +29,7 @@ class Single(Wrapper):
             raise UserError(
                 f"{lift.where}.scale: {self.options.scale} of {job.steps} steps is no step; use a larger scale"
             )
+        self._check(lift.where)
         longer = replace(job, steps=steps, horizon=steps)
         if self.options.normalise:
             return (replace(longer, normalise=self._edges(job, lift)),)
@@ -42,10 +43,17 @@ class Single(Wrapper):
 
     def _edges(self, job: Job, lift: Lift) -> tuple[int, ...]:
         """Inner edges of the intervals whose losses are normalised."""
+        assert self.options.intervals is not None
+        return tuple(interval.lo for interval in self._intervals(self.options.intervals, job, lift)[1:])
+
+    def _check(self, where: str) -> None:
+        """Raise UserError for options of a control that would be none, and no word of it."""
         o = self.options
-        if o.intervals is None or o.students == 1:
-            raise UserError(
-                f"{lift.where}.normalise: it needs the intervals to normalise by; give students of at least 2 and "
-                "intervals, a rule by name or the inner edges"
-            )
-        return tuple(interval.lo for interval in self._intervals(o.intervals, job, lift)[1:])
+        asked = {"students": o.students > 1, "intervals": o.intervals is not None, "normalise": o.normalise}
+        if not any(asked.values()) or (asked["students"] and asked["intervals"]):
+            return
+        key = next(key for key in reversed(asked) if asked[key])
+        raise UserError(
+            f"{where}.{key}: it goes with the intervals of several students; give students of at least 2 and "
+            "intervals, a rule by name or the inner edges"
+        )
