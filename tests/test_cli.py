@@ -643,6 +643,10 @@ def test_schema(call: Call) -> None:
     assert "datasets" in document["properties"]
     assert "ddim" in json.loads(call("schema", "samplers").out)
     assert call("schema", "sampler").code == 2
+    assert json.loads(call("schema", "datasets", "image_folder").out)["required"] == ["root", "size"]
+    code, _, err = call("schema", "datasets", "image_folders")
+    assert code == 2
+    assert "no plugin of datasets is called 'image_folders'; did you mean 'image_folder'?" in one_line(err)
 
 
 def test_doctor_says_what_is_here_and_what_is_not(

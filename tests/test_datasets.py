@@ -300,6 +300,28 @@ def test_image_folder_is_recursive_and_sorted(tmp_path: Path) -> None:
     assert (info.channels, info.size, info.fingerprint) == (3, 16, content_hash(root))
 
 
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_folders_of_splits_are_splits(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for i in range(6):
+        paint(root / "train" / "deep" / f"{i}.png", 10 * i)
+        paint(root / "extra" / f"{i}.png", 255)
+    assert folder(root).info().fingerprint == content_hash(root)
+    for i in range(2):
+        paint(root / name / f"{i}.png", 200 + 10 * i)
+    source = folder(root)
+    np.testing.assert_allclose(source.load().train[:, 0, 8, 8], [0, 10, 20, 30, 40, 50], atol=3)
+    np.testing.assert_allclose(source.load().test[:, 0, 8, 8], [200, 210], atol=3)
+    info = source.info()
+    assert info.source.startswith(f"folder of 6 images in train and 2 images in {name}, shorter side to 16")
+    # other splits of the same files are other data
+    assert info.fingerprint != content_hash(root)
+    (root / "train").rename(root / "swap")
+    (root / name).rename(root / "train")
+    (root / "swap").rename(root / name)
+    assert folder(root).info().fingerprint != info.fingerprint
+
+
 def test_image_folder_keeps_the_centre(tmp_path: Path) -> None:
     stripes = np.zeros((8, 16), np.uint8)
     stripes[:, 4:12] = 200
@@ -363,7 +385,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_relative_roots_start_at_the_suite(tmp_path: Path) -> None:
     class_folders(tmp_path / "images")
     assert Cifar10(Cifar10Options(root="images"), tmp_path).info().size == 32
-    assert len(ImageFolder(ImageFolderOptions(root="images", size=8), tmp_path).load().test) == 2
+    assert len(ImageFolder(ImageFolderOptions(root="images", size=8), tmp_path).load().test) == 6
 
 
 def test_tar_members_that_are_no_files_are_passed_over(tmp_path: Path) -> None:

@@ -50,16 +50,29 @@ def plugins(kind: Kind = None, json: Json = False) -> None:
         )
 
 
-def schema(kind: Kind = None) -> None:
-    """Print the JSON schema of a suite, or of the options of one kind of plugin, for editors and programs.
+def schema(
+    kind: Kind = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One plugin of that kind.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the JSON schema of a suite, or of the options of plugins, for editors and programs.
 
-    Example: `o2mkd-bench schema > suite.schema.json`
+    Example: `o2mkd-bench schema datasets image_folder`
     """
+    from ..core.complaints import near
+    from ..core.errors import UserError
     from ..core.plugins import registry
     from ..core.schema import options_schemas, render, suite_schema
 
     wanted = _checked(kind)
-    sys.stdout.write(render(suite_schema(registry()) if wanted is None else options_schemas(registry(), wanted)))
+    if wanted is None:
+        sys.stdout.write(render(suite_schema(registry())))
+        return
+    found = options_schemas(registry(), wanted)
+    if name is not None and name not in found:
+        raise UserError(f"no plugin of {wanted} is called {name!r}{near(name, found)} (known: {', '.join(found)})")
+    sys.stdout.write(render(found if name is None else found[name]))
 
 
 def doctor(store: StoreDir = None, json: Json = False) -> None:

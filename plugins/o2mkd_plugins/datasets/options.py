@@ -36,11 +36,13 @@ class ImageFolderOptions(Options):
     """Any folder of images.
 
     Attributes:
-        root: searched recursively for png, jpg, jpeg, webp and bmp.
+        root: searched recursively for png, jpg, jpeg, webp and bmp. Where it holds a folder train beside one of test,
+            val or validation, these are the two splits, and nothing else of it is read.
         size: the shorter side is resized to this, then the centre is cut out, pixels.
         channels: 3 for RGB, 1 for grey.
         resample: the filter of that resize.
-        test_fraction: this share of the images, evenly spread over the sorted names, is the test split.
+        test_fraction: without such folders this share of the images, evenly spread over the sorted names, is the test
+            split.
         flip: mirror training images at random.
     """
 
