@@ -6,7 +6,7 @@ from tiny_networks import ALL, SCHEDULE, TABLES, Denoiser, call, learn, noised, 
 from torch import nn
 
 from o2mkd_bench.core.blocks import Training
-from o2mkd_bench.core.errors import PluginError, UserError
+from o2mkd_bench.core.errors import PluginError, SharedChanged, UserError
 from o2mkd_bench.core.intervals import Interval
 from o2mkd_bench.core.options import Options
 from o2mkd_bench.engine.denoiser import Experts
@@ -68,6 +68,23 @@ class Blind(Hint):
 
     def terms(self, ctx):
         return dict.fromkeys(self.weights(), ctx.teacher.square().mean())
+
+
+class Careless(Hint):
+    """One that does something beside its terms."""
+
+    def __init__(self, deed):
+        super().__init__()
+        self.deed = deed
+
+    def terms(self, ctx):
+        self.deed(ctx)
+        return super().terms(ctx)
+
+
+def broken(ctx):
+    ctx.noise.zero_()
+    raise ValueError("and then it fails")
 
 
 class Plain(KDMethod):
@@ -232,6 +249,31 @@ def test_a_method_that_breaks_its_contract_is_told_so(method, told):
     objective, _, _ = make(method=method)
     with pytest.raises(PluginError, match=told):
         learn(objective, 0, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("deed", "what"),
+    [
+        (lambda ctx: ctx.teacher.clamp_(-0.1, 0.1), "teacher"),
+        (lambda ctx: ctx.t.zero_(), "t"),
+        (lambda ctx: ctx.teacher_features["mid"].mul_(2), r"teacher_features\['mid'\]"),
+        (broken, "noise"),
+    ],
+)
+def test_a_method_that_writes_into_what_all_see_is_stopped(deed, what):
+    objective, _, _ = make(method=Careless(deed))
+    with pytest.raises(SharedChanged, match=rf"'hint' writes into ctx\.{what}, .*clamp for clamp_"):
+        learn(objective, 0, ROWS)
+
+
+@pytest.mark.parametrize("left", [torch.set_grad_enabled, torch.set_default_dtype])
+def test_modes_of_torch_are_left_as_they_were(left):
+    value = {torch.set_grad_enabled: False, torch.set_default_dtype: torch.float64}[left]
+    objective, _, _ = make(method=Careless(lambda ctx: left(value)))
+    with pytest.raises(PluginError, match="'hint' leaves torch's gradients or default dtype in another mode"):
+        learn(objective, 0, ROWS)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_missing_feature_is_an_error_before_the_first_step():

@@ -10,7 +10,7 @@ from torch import nn
 
 from o2mkd_bench.core import disk
 from o2mkd_bench.core.blocks import Training
-from o2mkd_bench.core.errors import Diverged, StageFailed
+from o2mkd_bench.core.errors import Diverged, SharedChanged, StageFailed
 from o2mkd_bench.core.intervals import Interval, Law
 from o2mkd_bench.engine.learner import Course, Learner
 from o2mkd_bench.engine.ledger import Ledger
@@ -289,6 +289,15 @@ def test_a_member_that_fails_leaves_and_the_others_go_on(error):
     assert not first.parked
     assert (second.member, second.error) == (good, None)
     same(good, alone(ALL))
+
+
+def test_nobody_goes_on_from_what_another_has_changed():
+    members = crew(ALL, ALL, ALL)
+    members[1].objective.loss = raising(SharedChanged("written into"), at=2, after=members[1].objective.loss)
+    left = list(train_together(SOURCE, [*members]))
+    assert [one.member for one in left] == members
+    assert all(isinstance(one.error, SharedChanged) and not one.parked for one in left)
+    assert [member.step for member in members] == [3, 2, 2]
 
 
 def raising(error, at=0, after=None):

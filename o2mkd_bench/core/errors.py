@@ -15,6 +15,10 @@ class PluginError(UserError):
     """A plugin that a suite needs is broken, ambiguous, or unknown."""
 
 
+class SharedChanged(PluginError):
+    """A plugin has changed what others learn from too: none of them may go on with it."""
+
+
 class CorruptArtifact(Exception):
     """A stored file is not what its manifest says. The run discards the artifact and makes it anew."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import PluginError
+from ..core.errors import PluginError, SharedChanged
 from ..core.intervals import Interval
 from ..core.schedule import Prediction
 from .denoiser import Call, Tables
@@ -21,6 +22,10 @@ from .taps import resolve, shapes
 
 if TYPE_CHECKING:
     from .images import Images
+
+
+# of a StepContext, what is not this student's own
+_SHOWN = ("x_t", "t", "x0", "noise", "alpha", "sigma", "snr", "teacher", "groups", "condition")
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,14 @@ class Methods:
         """Weighted scalar terms.
 
         Raises:
-            PluginError: for a method whose terms are not those it declares weights for, or are no scalar tensors.
+            PluginError: for a method whose terms are not those it declares weights for, or are no scalar tensors, and
+                for one that leaves gradients or the default dtype in another mode.
+            SharedChanged: for one that writes into what it is shown.
         """
         found: dict[str, Tensor] = {}
         for name, method in self.methods.items():
-            terms = method.terms(ctx)
+            with _looking_only(name, ctx):
+                terms = method.terms(ctx)
             if not isinstance(terms, Mapping):
                 raise PluginError(
                     f"KD method {name!r} gives a {type(terms).__name__} as its terms; make it a dict of scalar tensors"
@@ -96,6 +104,31 @@ class Methods:
                     )
             found |= {f"{name}/{k}": self.weights[f"{name}/{k}"] * v for k, v in terms.items()}
         return found
+
+
+@contextmanager
+def _looking_only(name: str, ctx: StepContext) -> Iterator[None]:
+    """Hold a method to leaving as it is what all others work with: the tensors of the pass, and torch's own modes."""
+    shown = {key: getattr(ctx, key) for key in _SHOWN}
+    shown |= {f"teacher_features[{key!r}]": value for key, value in ctx.teacher_features.items()}
+    versions = {key: value._version for key, value in shown.items() if value is not None and not value.is_inference()}
+    modes = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        left = torch.is_grad_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(modes[0])
+        torch.set_default_dtype(modes[1])
+        if changed := [key for key, version in versions.items() if shown[key]._version != version]:
+            raise SharedChanged(
+                f"KD method {name!r} writes into ctx.{changed[0]}, from which other students learn too; leave it as it "
+                "is, with clamp for clamp_ or on a clone"
+            )
+    if left != modes:
+        raise PluginError(
+            f"KD method {name!r} leaves torch's gradients or default dtype in another mode for all others; use them in "
+            "a with block, as torch.no_grad()"
+        )
 
 
 class Distil(Objective):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.disk import keep, kept
-from ..core.errors import Diverged
+from ..core.errors import Diverged, SharedChanged
 from ..core.interrupts import held_back
 from ..core.intervals import Interval
 from .learner import Learner
@@ -247,6 +247,9 @@ def _step(source: Source, members: Sequence[Member], ledger: Ledger, clock: Cloc
         noted = member.noted
         try:
             member.take(view, rows, source.stream.group, source.stream.seed)
+        except SharedChanged as error:
+            # those behind it would learn from what it wrote
+            return [Left(one, error) for one in present]
         except Exception as error:
             left.append(_stopped(member, error, len(members) - len(left)))
         else:
