@@ -63,6 +63,16 @@ class Far(DDIM):
         return replace(found, lines=(replace(found.lines[0], t=schedule.timesteps), *found.lines[1:]))
 
 
+class Deaf(DDIM):
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        return super().program(schedule, grid, edges)
+
+
+class Slim(Wrapper):
+    def wrap(self, job, lift):
+        return (replace(job, student={"widht": 0.5}),)
+
+
 class Bad(Wrapper):
     def wrap(self, job, lift):
         raise KeyError("oops")
@@ -97,15 +107,16 @@ def acme():
         return hookimpl(call, specname=f"register_{kind}")
 
     metric = {"columns": lambda *_: ("q",), "higher_is_better": True}
-    late = [(name, name.title(), {"options": DDIMOptions}) for name in ("empty", "far")]
+    late = [(name, name.title(), {"options": DDIMOptions}) for name in ("empty", "far", "deaf")]
     networks = {"nameless": lambda *_: None, "careless": lambda options, dataset: {}}
     measures = [(name, "Wrong", {**metric, "network_id": give}) for name, give in networks.items()]
     measures.append(("lettered", "Wrong", {**metric, "columns": lambda *_: "kid", "network_id": gap}))
+    measures.append(("unsure", "Wrong", {**metric, "higher_is_better": "no", "network_id": gap}))
     return SimpleNamespace(
         api=1,
         kd=declare("kd_methods", ("huber", "Wrong", {})),
         samplers=declare("samplers", ("wrong", "Wrong", {"options": DDIMOptions}), ("crash", "Crash", {}), *late),
-        wrappers=declare("wrappers", ("bad", "Bad", {}), ("twins", "Twins", {})),
+        wrappers=declare("wrappers", ("bad", "Bad", {}), ("twins", "Twins", {}), ("slim", "Slim", {})),
         intervals=declare("intervals", ("thirds", "thirds", {})),
         metrics=declare("metrics", ("half", "Wrong", metric), *measures),
     )
@@ -554,6 +565,13 @@ def test_rounds_that_cannot_be_are_refused(plan):
         ({"samplers": [{"far": {"steps": 4}}]}, PluginError, r"samplers:acme:far .* at timestep 1000, .*\[0, 1000"),
         ({"samplers": [{"crash": {"steps": 4}}]}, PluginError, r"samplers\.crash: the sampler failed: ZeroDivision"),
         ({"samplers": [{"ddim": {"steps": 2000}}]}, UserError, r"samplers\.ddim: 2000 sampling steps do not fit"),
+        (
+            {"samplers": [{"deaf": {"steps": 4}}], "sampling": {"clip": "none"}},
+            PluginError,
+            r"samplers:acme:deaf was asked for clip none and gives a program with clip x0",
+        ),
+        ({"wrappers": ["slim"]}, PluginError, r"wrapper acme:slim gives .* key 'widht'.*; did you mean 'width'"),
+        ({"metrics": ["unsure"]}, PluginError, r"metrics:acme:unsure has higher_is_better 'no'; make it True or False"),
         ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrapper acme:bad failed: KeyError"),
         ({"wrappers": ["twins"]}, UserError, r"students\.half: .*cannot start from the weights of wide"),
         (

@@ -197,13 +197,17 @@ class Measures:
         where = at(self.suite, f"samplers.{draw.entry.label}")
         try:
             grid = time_grid(self._spacing(draw.entry), draw.steps, schedule.timesteps)
-            program = draw.sampler.program(schedule, grid, edges, clip_of(self.suite, draw.entry, subject.source))
+            clip = clip_of(self.suite, draw.entry, subject.source)
+            program = draw.sampler.program(schedule, grid, edges, clip)
             declared = draw.sampler.nfe(draw.steps)
         except UserError as error:
             raise type(error)(f"{where}: {error}") from None
         except Exception as error:
             raise PluginError(f"{where}: the sampler failed: {type(error).__name__}: {error}") from error
-        if wrong := _wrong(program, declared, draw, schedule):
+        wrong = _wrong(program, declared, draw, schedule)
+        if not wrong and program.clip != clip:
+            wrong = f"was asked for clip {clip} and gives a program with clip {program.clip}, under which no row stands"
+        if wrong:
             raise PluginError(f"{where}: plugin samplers:{draw.entry.use.plugin.key} {wrong}; correct the plugin")
         return program
 
@@ -287,6 +291,11 @@ class Measures:
             raise PluginError(
                 f"{at(self.suite, 'metrics')}: plugin metrics:{use.plugin.key} declares no {' and no '.join(absent)}; "
                 "every metric does, see o2mkd_bench.core.hookspecs"
+            )
+        if not isinstance(traits["higher_is_better"], bool):
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: plugin metrics:{use.plugin.key} has higher_is_better "
+                f"{traits['higher_is_better']!r}; make it True or False"
             )
         if "check_images" in traits:
             self._asked(use, "check_images", source.use.name, self.suite.sampling.images)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from .blocks import STUDENT_KEYS
+from .complaints import near
 from .data import Captions
 from .edges import IMAGES, POINTS, WAITING, Undecided
 from .errors import CorruptArtifact, PluginError, UserError
@@ -213,6 +214,11 @@ class Trainer:
         except Exception as error:
             raise PluginError(f"{where}: wrapper {plugin.key} failed: {type(error).__name__}: {error}") from error
         check_jobs(jobs, recipe.teacher.schedule.timesteps, where)
+        for key in (key for job in jobs for key in job.student if key not in STUDENT_KEYS):
+            raise PluginError(
+                f"{where}: wrapper {plugin.key} gives a student the key {key!r}, which none has"
+                f"{near(key, STUDENT_KEYS)} (known: {', '.join(STUDENT_KEYS)})"
+            )
         return jobs
 
     def plain(self, recipe: Recipe, steps: int) -> Job:
