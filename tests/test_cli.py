@@ -646,7 +646,7 @@ def test_schema(call: Call) -> None:
     assert json.loads(call("schema", "datasets", "image_folder").out)["required"] == ["root", "size"]
     code, _, err = call("schema", "datasets", "image_folders")
     assert code == 2
-    assert "no plugin of datasets is called 'image_folders'; did you mean 'image_folder'?" in one_line(err)
+    assert "no datasets plugin is called 'image_folders'; did you mean 'image_folder'?" in one_line(err)
 
 
 def test_doctor_says_what_is_here_and_what_is_not(
@@ -766,6 +766,9 @@ def test_filters_and_suites_are_checked(there: Finished, call: Call) -> None:
     assert (code, "did you mean 'method'?" in one_line(err)) == (2, True)
     code, _, err = call("plan", there.suite, "--only", "method=outptu")
     assert (code, one_line(err)) == (2, "error: --only method=outptu leaves no cell; method is one of output")
+    code, _, err = call("plan", there.suite, "--only", "student=hafl")
+    assert (code, one_line(err)) == (2, "error: --only student=hafl leaves no cell; student is one of half, teacher")
+    assert call("plan", there.suite, "--only", "student=hafl, teacher").code == 0
     code, _, err = call("plan", there.suite, "--only", "seed=7")
     assert (code, "no cell is left after" in one_line(err)) == (2, True)
     assert "2 cells" in call("plan", there.suite, "--only", "method=out*").out

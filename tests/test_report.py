@@ -178,6 +178,13 @@ def test_nothing_is_bold_where_n_is_1() -> None:
     assert bold(of([*scored("a", 9.0, 11.0), *scored("b", 10.0)])) == {"a"}
 
 
+def test_a_ladder_without_a_score_is_a_table_all_the_same() -> None:
+    found = {**make(), "metrics": [], "teacher_steps": [5]}
+    for each in found["rows"]:
+        each["scores"] = {}
+    assert "teacher" in markdown(found)
+
+
 def test_the_teacher_never_competes() -> None:
     teacher = [{**r, "role": "teacher", "student": "", "method": ""} for r in scored("t", 1.0, 1.1)]
     assert bold(of([*teacher, *scored("a", 9.0, 9.2)])) == {"a"}

@@ -60,19 +60,17 @@ def schema(
 
     Example: `o2mkd-bench schema datasets image_folder`
     """
-    from ..core.complaints import near
-    from ..core.errors import UserError
     from ..core.plugins import registry
     from ..core.schema import options_schemas, render, suite_schema
 
     wanted = _checked(kind)
     if wanted is None:
-        sys.stdout.write(render(suite_schema(registry())))
-        return
-    found = options_schemas(registry(), wanted)
-    if name is not None and name not in found:
-        raise UserError(f"no plugin of {wanted} is called {name!r}{near(name, found)} (known: {', '.join(found)})")
-    sys.stdout.write(render(found if name is None else found[name]))
+        found = suite_schema(registry())
+    elif name is None:
+        found = options_schemas(registry(), wanted)
+    else:
+        found = registry().get(wanted, name).options.model_json_schema()
+    sys.stdout.write(render(found))
 
 
 def doctor(store: StoreDir = None, json: Json = False) -> None:

@@ -11,7 +11,7 @@ from .grid import time_grid
 from .identity import identity, resolved
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
-from .program import Program
+from .program import Clip, Program
 from .schedule import NoiseSchedule
 from .suite import Expect, SamplerEntry, Suite, Use
 from .training import Draw, Source, TeacherSource, at, clip_of, reference
@@ -204,10 +204,7 @@ class Measures:
             raise type(error)(f"{where}: {error}") from None
         except Exception as error:
             raise PluginError(f"{where}: the sampler failed: {type(error).__name__}: {error}") from error
-        wrong = _wrong(program, declared, draw, schedule)
-        if not wrong and program.clip != clip:
-            wrong = f"was asked for clip {clip} and gives a program with clip {program.clip}, under which no row stands"
-        if wrong:
+        if wrong := _wrong(program, declared, clip, draw, schedule):
             raise PluginError(f"{where}: plugin samplers:{draw.entry.use.plugin.key} {wrong}; correct the plugin")
         return program
 
@@ -350,7 +347,7 @@ class Measures:
             ) from error
 
 
-def _wrong(program: Any, declared: int, draw: Draw, schedule: NoiseSchedule) -> str:
+def _wrong(program: Any, declared: int, clip: Clip, draw: Draw, schedule: NoiseSchedule) -> str:
     """What is wrong with a sampler's program, in words; empty where nothing is."""
     if not isinstance(program, Program):
         return f"returned {type(program).__name__} from program(), which is no o2mkd_bench.Program"
@@ -359,4 +356,6 @@ def _wrong(program: Any, declared: int, draw: Draw, schedule: NoiseSchedule) -> 
         return f"evaluates the network at timestep {outside[0]}, which is not in [0, {schedule.timesteps})"
     if program.nfe != declared:
         return f"declares {declared} evaluations for {draw.steps} steps, its program has {program.nfe}"
+    if program.clip != clip:
+        return f"was asked for clip {clip} and gives a program with clip {program.clip}, under which no row stands"
     return ""

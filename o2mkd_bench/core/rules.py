@@ -34,16 +34,22 @@ class Stray:
         return f"{self.pattern!r} matches no {self.axis} of this suite{hint} (known: {known}{more})"
 
 
+def names(suite: Suite) -> dict[str, tuple[str, ...]]:
+    """What a rule or ``--only`` may name on each axis: the labels, and a teacher among the students."""
+    labels = suite.labels()
+    return {**labels, "student": (*labels["student"], TEACHER)}
+
+
 def stray_patterns(suite: Suite) -> Iterator[Stray]:
     """All of them, in their order. A suite as it is written has none; one that ``--set`` has changed may have some."""
-    labels = suite.labels()
+    labels, known = suite.labels(), names(suite)
     for key, rules in (("include", suite.include), ("exclude", suite.exclude)):
         for number, rule in enumerate(rules):
             for axis, patterns in rule.patterns().items():
                 for pattern in patterns:
-                    own = (TEACHER,) if axis == "student" else ()
-                    if pattern not in own and not any(any_match([pattern], label) for label in labels[axis]):
-                        yield Stray(key, number, axis, pattern, (*labels[axis], *own))
+                    # a pattern with * is of students
+                    if pattern not in known[axis] and not any(any_match([pattern], label) for label in labels[axis]):
+                        yield Stray(key, number, axis, pattern, known[axis])
 
 
 def notes(suite: Suite) -> list[str]:

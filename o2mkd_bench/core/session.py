@@ -25,6 +25,7 @@ from .mode import resolve_mode
 from .plan import AXES, Plan
 from .plugins import Registry
 from .plugins import registry as default_registry
+from .rules import names
 from .store import Store
 from .suite import Suite
 from .training import at
@@ -151,11 +152,10 @@ def prepare(suite: Suite, store: Path | None = None, only: Sequence[str] = (), d
             check_sources(plan, place, registry)
     for text in only:
         axis, _, value = text.partition("=")
-        own = (TEACHER,) if axis == "student" else ()
         # a teacher's row has no method, wrapper … and stays whatever is asked of those
-        if set(own).isdisjoint(value.split(",")) and all(cell.labels[axis] == "" for cell in plan.cells):
-            known = ", ".join([*suite.labels()[axis], *own])
-            raise UserError(f"--only {text} leaves no cell; {axis} is one of {known}")
+        named = axis == "student" and TEACHER in _patterns(value)
+        if not named and all(cell.labels[axis] == "" for cell in plan.cells):
+            raise UserError(f"--only {text} leaves no cell; {axis} is one of {', '.join(names(suite)[axis])}")
     return Session(suite, place, machine, plan, registry, tuple(only))
 
 
@@ -199,10 +199,14 @@ def selection(text: str) -> Callable[[Mapping[str, Any]], bool]:
     axis, equals, value = text.partition("=")
     if not equals or axis not in AXES:
         raise UserError(f"--only {text}: write axis=pattern{near(axis, AXES)} (axes: {', '.join(AXES)})")
-    # a label such as o2mkd(students=2, warmup=0.1) holds commas of its own
-    patterns = [value, *(part.strip() for part in value.split(","))]
+    patterns = _patterns(value)
 
     def accept(labels: Mapping[str, Any]) -> bool:
         return labels[axis] == "" or any_match(patterns, labels[axis])
 
     return accept
+
+
+def _patterns(value: str) -> list[str]:
+    # a label such as o2mkd(students=2, warmup=0.1) holds commas of its own
+    return [value, *(part.strip() for part in value.split(","))]

@@ -214,10 +214,10 @@ class Trainer:
         except Exception as error:
             raise PluginError(f"{where}: wrapper {plugin.key} failed: {type(error).__name__}: {error}") from error
         check_jobs(jobs, recipe.teacher.schedule.timesteps, where)
-        for key in (key for job in jobs for key in job.student if key not in STUDENT_KEYS):
+        if strange := [key for job in jobs for key in job.student if key not in STUDENT_KEYS]:
             raise PluginError(
-                f"{where}: wrapper {plugin.key} gives a student the key {key!r}, which none has"
-                f"{near(key, STUDENT_KEYS)} (known: {', '.join(STUDENT_KEYS)})"
+                f"{where}: wrapper {plugin.key} gives a student the key {strange[0]!r}, which none has"
+                f"{near(strange[0], STUDENT_KEYS)} (known: {', '.join(STUDENT_KEYS)})"
             )
         return jobs
 

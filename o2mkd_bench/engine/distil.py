@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from .images import Images
 
 
-# of a StepContext, what is not this student's own
-_SHOWN = ("x_t", "t", "x0", "noise", "alpha", "sigma", "snr", "teacher", "groups", "condition")
-
-
 @dataclass(frozen=True)
 class Setting:
     """What a student's training is about, whichever objective it has.
@@ -109,9 +105,9 @@ class Methods:
 @contextmanager
 def _looking_only(name: str, ctx: StepContext) -> Iterator[None]:
     """Hold a method to leaving as it is what all others work with: the tensors of the pass, and torch's own modes."""
-    shown = {key: getattr(ctx, key) for key in _SHOWN}
-    shown |= {f"teacher_features[{key!r}]": value for key, value in ctx.teacher_features.items()}
-    versions = {key: value._version for key, value in shown.items() if value is not None and not value.is_inference()}
+    # what is of the student is its own
+    shown = {key: value for key, value in ctx.tensors().items() if not key.startswith("student")}
+    versions = {key: value._version for key, value in shown.items() if not value.is_inference()}
     modes = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         yield

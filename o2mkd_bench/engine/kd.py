@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,14 @@ class StepContext:
     teacher_features: Mapping[str, Tensor] = field(default_factory=dict)
     student_features: Mapping[str, Tensor] = field(default_factory=dict)
     generator: torch.Generator | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by the names that a method writes."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        for side in ("teacher_features", "student_features"):
+            found |= {f"{side}[{name!r}]": value for name, value in own[side].items()}
+        return found
 
     def convert(self, value: Tensor, source: Prediction, target: Prediction) -> Tensor:
         """``value`` in another prediction type at this step's x_t and t."""

@@ -8,18 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..core.errors import UserError
-from .lines import CELL, Metric, Results, Row, metrics, numbered, same_protocol
+from .lines import CELL, TIMED, Metric, Results, Row, metrics, numbered, same_protocol
 from .text import decimals, finite, listed, markdown_text
 
 _NAMES = (*CELL, "seed")
-# what two readings of one speed must have in common
-_READ = {
-    "device": "on {}",
-    "batch": "at batch {}",
-    "compile": "with compile {}",
-    "precision": "in {}",
-    "guidance": "with guidance {}",
-}
+# what a speed depends on beside its cell and its reading
+_RUN = ("precision", "guidance")
+_WORDS = ("at batch {}", "with compile {}", "on {}", "in {}", "with guidance {}")
+_READ = dict(zip((*TIMED, *_RUN), _WORDS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Difference:
 class Pair:
     """A row of both sides. ``a``, ``b``: its status there, or ``absent``; ``speed_ratio``: images/s of b over a.
 
-    ``speeds_of``: how each of these was read, where that differs: ``on cpu at batch 8``.
+    ``speeds_of``: how each of these was read, where that differs: ``at batch 8 on cpu``.
     """
 
     cell: Mapping[str, Any]
@@ -143,8 +139,9 @@ def _pair(key: Sequence[Any], a: Row | None, b: Row | None, columns: Sequence[st
     def score(row: Row | None, column: str) -> float | None:
         return finite((row.get("scores") or {}).get(column)) if row and row["status"] == "done" else None
 
-    # the last two stand in the row
-    before, after = ({**row, **(row.get("speed") or {})} if row else {} for row in (a, b))
+    before, after = (
+        {**{key: row.get(key) for key in _RUN}, **(row.get("speed") or {})} if row else {} for row in (a, b)
+    )
     timed = [finite(reading.get("images_per_second")) for reading in (before, after)]
     ratio = timed[1] / timed[0] if timed[0] and timed[1] else None
     differing = [key for key in _READ if before.get(key) != after.get(key)]

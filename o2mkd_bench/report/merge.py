@@ -19,7 +19,7 @@ _HEAD = ("created", "machine", "versions", "git_commit")
 _EXPECTED = ("dataset", "teacher", "column", "sampler", "steps", "seed")
 _SPENT = ("train_seconds", "device_seconds", "shared_with")
 # what rows have in common whose speed is one, of whatever weights (docs/semantics.md)
-_TIMED = (
+_PROGRAM = (
     *("dataset", "teacher", "sampler", "steps", "networks", "edges", "calls"),
     *("prediction", "precision", "spacing", "clip", "guidance"),
 )
@@ -143,22 +143,20 @@ def _share_speeds(rows: Sequence[dict[str, Any]]) -> None:
 
     So that no line comes to have speeds of two kinds.
     """
-
-    def named(row: Row) -> tuple[str, str]:
-        return repr([row.get(key) for key in CELL]), _program(row)
-
-    first: dict[tuple[str, str], Any] = {}
+    of_line: dict[str, Any] = {}
+    of_device: dict[tuple[Any, str], Any] = {}
     for row in rows:
-        if row.get("speed"):
-            first.setdefault(named(row), row["speed"])
-            first.setdefault((str(row["speed"].get("device")), _program(row)), row["speed"])
+        if speed := row.get("speed"):
+            of_line.setdefault(_text(row, CELL + _PROGRAM), speed)
+            of_device.setdefault((speed.get("device"), _text(row, _PROGRAM)), speed)
     for row in rows:
         if row.get("networks") and not row.get("speed"):
-            row["speed"] = first.get(named(row)) or first.get((str(row.get("device")), _program(row)))
+            own = of_line.get(_text(row, CELL + _PROGRAM))
+            row["speed"] = own or of_device.get((row.get("device"), _text(row, _PROGRAM)))
 
 
-def _program(row: Row) -> str:
-    return repr([row.get(key) for key in _TIMED])
+def _text(row: Row, keys: Sequence[str]) -> str:
+    return repr([row.get(key) for key in keys])
 
 
 def scored(row: Row) -> set[str]:

@@ -39,7 +39,9 @@ def beside(results: Results, sections: Sequence[Section]) -> list[str]:
     Only where the suite gave the teacher steps of its own, and speed was read; by the first column of each section.
     """
     found = []
-    for section in (section for section in sections if results.get("teacher_steps") and section.metrics):
+    for section in sections if results.get("teacher_steps") else ():
+        if not section.metrics:
+            continue
         metric = section.metrics[0]
         timed = [li for li in section.lines if metric.column in li.scores and li.mean("images_per_second")]
         teachers = [line for line in timed if line.is_teacher]

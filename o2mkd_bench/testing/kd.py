@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,9 +140,9 @@ class KDMethodContract(Contract):
     def test_inputs_stay_as_they_are(self) -> None:
         method = self.method()
         ctx = self.context(method)
-        before = {name: value.detach().clone() for name, value in _tensors(ctx).items()}
+        before = {name: value.detach().clone() for name, value in ctx.tensors().items()}
         method.terms(ctx)
-        changed = [name for name, value in _tensors(ctx).items() if not torch.equal(value, before[name])]
+        changed = [name for name, value in ctx.tensors().items() if not torch.equal(value, before[name])]
         assert not changed
 
     def test_same_step_gives_the_same_terms(self) -> None:
@@ -201,11 +201,3 @@ class _NoFeatures(ModelFamily):
 
 def _coarse(value: Tensor) -> Tensor:
     return value.detach().bfloat16().float().requires_grad_()
-
-
-def _tensors(ctx: StepContext) -> dict[str, Tensor]:
-    own = {f.name: getattr(ctx, f.name) for f in fields(ctx)}
-    found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    for side in ("teacher_features", "student_features"):
-        found |= {f"{side}.{name}": value for name, value in own[side].items()}
-    return found

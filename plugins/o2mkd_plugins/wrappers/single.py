@@ -31,29 +31,24 @@ class Single(Wrapper):
             )
         self._check(lift.where)
         longer = replace(job, steps=steps, horizon=steps)
-        if self.options.normalise:
-            return (replace(longer, normalise=self._edges(job, lift)),)
         if self.options.intervals is None:
             return (longer,)
-        return (replace(longer, law=Law.equal(self._intervals(self.options.intervals, job, lift))),)
+        intervals = self._intervals(self.options.intervals, job, lift)
+        if self.options.normalise:
+            return (replace(longer, normalise=tuple(interval.lo for interval in intervals[1:])),)
+        return (replace(longer, law=Law.equal(intervals)),)
 
     def _intervals(self, option: IntervalsOption, job: Job, lift: Lift) -> tuple[Interval, ...]:
         """The experts' intervals; by ``auto`` those of O2MKD with its own warm-up at the budget of ``job``."""
         return resolve(option, self.options.students, lift, shared_start(job, WARMUP))
 
-    def _edges(self, job: Job, lift: Lift) -> tuple[int, ...]:
-        """Inner edges of the intervals whose losses are normalised."""
-        assert self.options.intervals is not None
-        return tuple(interval.lo for interval in self._intervals(self.options.intervals, job, lift)[1:])
-
     def _check(self, where: str) -> None:
         """Raise UserError for options of a control that would be none, and no word of it."""
         o = self.options
-        asked = {"students": o.students > 1, "intervals": o.intervals is not None, "normalise": o.normalise}
-        if not any(asked.values()) or (asked["students"] and asked["intervals"]):
-            return
-        key = next(key for key in reversed(asked) if asked[key])
-        raise UserError(
-            f"{where}.{key}: it goes with the intervals of several students; give students of at least 2 and "
-            "intervals, a rule by name or the inner edges"
-        )
+        several = o.students > 1
+        if several != (o.intervals is not None) or (o.normalise and not several):
+            key = "normalise" if o.normalise else "students" if several else "intervals"
+            raise UserError(
+                f"{where}.{key}: it goes with the intervals of several students; give students of at least 2 and "
+                "intervals, a rule by name or the inner edges"
+            )
