@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Remakes the table of results/cifar on one GPU, in slices of at most nine minutes. The same call goes on where it
-# stopped.
+# Remakes the table of results/cifar on one GPU, in slices that are cut after nine minutes. The same call goes on where
+# it stopped.
 #
 #   results/cifar/run.sh list             every slice: seconds it should take, and its command
 #   results/cifar/run.sh SLICE...         these, then the table of all there is; patterns such as 'headline-*' too
@@ -256,7 +256,7 @@ slices() {
     main 900 "batch-experts-$student" "${lone[@]}" --only wrapper=o2mkd-4-batch-128 --only student="$student"
     # measured edges, and so speeds, are each seed's own; these read them of the students that those left in the store
     for name in auto auto-batch; do
-      main 600 "$name-$student" "${lone[@]}" --only wrapper="${measured[$name]}" --only student="$student"
+      main "$([[ $name == auto ]] && echo 600 || echo 1000)" "$name-$student" "${lone[@]}" --only wrapper="${measured[$name]}" --only student="$student"
       slice "speed-$name-$student" 60 "$suite" "${lone[@]}" --only wrapper="${measured[$name]}" --only student="$student" \
         --only seed="$(comma $seeds)" --set sampling.teacher_steps=[]
     done

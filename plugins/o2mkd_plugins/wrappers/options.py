@@ -37,12 +37,14 @@ class O2MKDOptions(Options):
     """One teacher to K students, each on its own interval of timesteps (Zhang & Ma, arXiv 2410.04191).
 
     The paper's own K, edges and warm-up are not in any text we could read. The defaults were chosen on tuning seeds:
-    ``restart`` in results/restart and results/cifar; the others in results/knobs, where four students are no better
-    than two, no edges are better than uniform ones on all samplers and budgets, shared starts of 0.1 and 0.3 are
-    not told apart, none and 0.6 worse on one sampler, and overlap and whole batches worse on all.
+    ``restart`` in results/restart, after an expert of a headline seed had failed without it (results/cifar, as it was
+    first); the others in results/knobs, where four students are no better than two, no edges are better than uniform
+    ones on all samplers and budgets, shared starts of 0.1 and 0.3 are not told apart, none and 0.6 worse on one
+    sampler, and overlap and whole batches worse on all.
 
     On CIFAR-10 at quarter width four students with ``intervals: auto`` are 4 to 8 % better than with uniform edges at a
-    batch of 512, and 7 to 11 % at 128 (results/cifar). That is on headline seeds, which choose no defaults.
+    batch of 512, and 7 to 11 % at 128 (results/cifar). That is on headline seeds, which choose no more defaults. There,
+    students that do not specialise are worse than one: what four gain, they gain by it.
     """
 
     students: int = Field(2, ge=1, le=1000, description="K, the number of students")
