@@ -113,8 +113,7 @@ def ours(frame: Frame, networks: Sequence[nn.Module], batch: int, batches: int =
     size = networks[0].config.sample_size
     noise = noise_source(0, (3, size, size))
     indices = torch.arange(batch * batches, device=frame.device)
-    denoise = router.epsilon(SCHEDULE, "epsilon")
-    return lambda: sample_images(program, SCHEDULE, denoise, noise, indices, batch)
+    return lambda: sample_images(program, SCHEDULE, router, noise, indices, batch)
 
 
 def throughput(frame: Frame, batch: int, large: bool = False) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def bound(frame: Frame, batch: int) -> dict[str, Any]:
         some = inputs(frame, batch // k)
 
         def step(student: Tapped = student, learner: Learner = learner, some: tuple[Tensor, Tensor] = some) -> None:
-            learner.step(student(*some)[0].square().mean())
+            learner.backward(student(*some)[0].square().mean())
+            learner.update()
 
         seconds[f"K={k}"] = measured(frame, step, steps)
         parts[f"K={k}"] = {} if frame.warm else one_step(frame, step)

@@ -88,7 +88,7 @@ def _cuda_count() -> int:
 
 
 def _store(store: Store) -> Check:
-    name = f"store {store.root}"
+    name = f"store {store.address}"
     try:
         present = store.ls()
         used = sum(file.size for manifest in present for file in manifest.files.values())
@@ -98,7 +98,9 @@ def _store(store: Store) -> Check:
             free = shutil.disk_usage(place).free
     except Exception as error:
         return Check(name, "missing", f"{type(error).__name__}: {error}", "choose another: --store DIR or O2MKD_STORE")
-    found = f"{len(present)} artifacts, {used / 2**20:.1f} MiB; {free / 2**30:.0f} GiB free"
+    # of a store at a URL this is the disk of what was read from it
+    here = "" if store.address == str(store.root) else " here for copies"
+    found = f"{len(present)} artifacts, {used / 2**20:.1f} MiB; {free / 2**30:.0f} GiB free{here}"
     return Check(name, "ok", found)
 
 

@@ -84,7 +84,7 @@ def unfinished(session: Session, cell: Cell) -> str:
     absent = [one for one in needed if not survey.present(one)]
     if not absent:
         return ""
-    return name + (standing.reason or f"{session.plan.stages[absent[0]].label} is not in {session.store.root}")
+    return name + (standing.reason or f"{session.plan.stages[absent[0]].label} is not in {session.store.address}")
 
 
 def assemble(session: Session, cell: Cell, dtype: Dtype = "fp32") -> O2MKDPipeline:

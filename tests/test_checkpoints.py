@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from o2mkd_bench.core import checkpoints
-from o2mkd_bench.core.checkpoints import PICKLED, HubRef, download_hub, read_checkpoint, resolve_hub, weight_files
+from o2mkd_bench.core.checkpoints import PICKLED, download_hub, read_checkpoint, resolve_hub, weight_files
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.hookspecs import hookimpl
 from o2mkd_bench.core.plugins import BUILTIN, Registry
@@ -298,27 +298,27 @@ def forbidden(*args, **kwargs):
 def test_a_cached_repository_is_resolved_without_the_network(hub, pipeline, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", forbidden)
     snapshot = hub(pipeline)
-    assert resolve_hub("acme/tiny") == HubRef("acme/tiny", None, COMMIT, snapshot)
-    assert resolve_hub("acme/tiny", COMMIT).folder == snapshot
-    assert resolve_hub("acme/tiny", "v2") == HubRef("acme/tiny", "v2", None, None)
+    assert resolve_hub("acme/tiny") == snapshot
+    assert resolve_hub("acme/tiny", COMMIT) == snapshot
+    assert resolve_hub("acme/tiny", "v2") is None
     assert download_hub("acme/tiny") == snapshot
     assert read_checkpoint(snapshot, "t").hash == read_checkpoint(pipeline, "t").hash
 
 
 def test_a_flat_repository_is_resolved(hub, pipeline):
     snapshot = hub(pipeline / "unet", ref="v2")
-    assert resolve_hub("acme/tiny", "v2") == HubRef("acme/tiny", "v2", COMMIT, snapshot)
+    assert resolve_hub("acme/tiny", "v2") == snapshot
 
 
-def test_a_cached_config_without_weights_gives_the_commit_only(hub, pipeline):
+def test_a_cached_config_without_weights_is_not_all_of_it(hub, pipeline):
     (pipeline / "unet" / WEIGHTS).unlink()
     hub(pipeline)
-    assert resolve_hub("acme/tiny") == HubRef("acme/tiny", None, COMMIT, None)
+    assert resolve_hub("acme/tiny") is None
 
 
-def test_what_is_not_cached_is_unresolved_unless_a_commit_is_given(hub):
-    assert resolve_hub("acme/tiny") == HubRef("acme/tiny", None, None, None)
-    assert resolve_hub("acme/tiny", COMMIT).commit == COMMIT
+def test_what_is_not_cached_is_unresolved(hub):
+    assert resolve_hub("acme/tiny") is None
+    assert resolve_hub("acme/tiny", COMMIT) is None
 
 
 def test_an_id_that_is_none_is_refused(hub):

@@ -162,7 +162,7 @@ def test_wrong_files_are_one_sentence(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no table with a column text"):
         source(root, train=str(empty)).pairs()
     (empty / "metadata.csv").write_text("file_name,text\na,b\n")
-    with pytest.raises(UserError, match=r"test_fraction: one in 5 of 1 images is none"):
+    with pytest.raises(UserError, match=r"test_fraction: 0\.2 of 1 images is not one image"):
         source(root, train=str(empty)).pairs()
     for path in sorted((root / "val2014").iterdir())[1:]:
         path.unlink()

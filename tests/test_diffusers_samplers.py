@@ -19,7 +19,7 @@ from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.core.session import prepare
 from o2mkd_bench.core.suite import from_mapping
 from o2mkd_bench.engine.kd import convert
-from o2mkd_bench.engine.router import Router
+from o2mkd_bench.engine.router import Router, as_epsilon
 from o2mkd_bench.engine.sample import CountingDenoiser, run_program
 from o2mkd_plugins.samplers.orders import changes
 
@@ -74,7 +74,7 @@ def draw(i):
 def theirs(scheduler, steps, networks, monkeypatch):
     """The plain loop of a diffusers pipeline; a scheduler that asks for epsilon gets it from whatever is predicted."""
     asked = scheduler.config.prediction_type == networks.prediction
-    predict = networks.router if asked else networks.router.epsilon(SCHEDULES[networks.betas], networks.prediction)
+    predict = networks.router if asked else as_epsilon(networks.router, SCHEDULES[networks.betas], networks.prediction)
     scheduler.set_timesteps(steps)
     line = 0
     monkeypatch.setattr(
@@ -89,7 +89,7 @@ def theirs(scheduler, steps, networks, monkeypatch):
 
 
 def ours(program, schedule, networks):
-    counted = CountingDenoiser(networks.router.epsilon(schedule, networks.prediction))
+    counted = CountingDenoiser(as_epsilon(networks.router, schedule, networks.prediction))
     x = run_program(program, schedule, counted, NOISE, draw)
     counted.check(program.nfe)
     return x

@@ -368,7 +368,7 @@ def test_a_repository_of_the_hub_is_read(pipeline, tmp_path, monkeypatch):
     shutil.copytree(pipeline, home / "snapshots" / COMMIT)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(COMMIT)
-    assert resolve_hub("acme/dit").folder == home / "snapshots" / COMMIT
+    assert resolve_hub("acme/dit") == home / "snapshots" / COMMIT
     assert read_checkpoint(home / "snapshots" / COMMIT, "t").hash == read_checkpoint(pipeline, "t").hash
 
 

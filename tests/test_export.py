@@ -27,6 +27,7 @@ from o2mkd_bench.core.grid import time_grid
 from o2mkd_bench.core.plugins import registry
 from o2mkd_bench.core.schedule import NoiseSchedule
 from o2mkd_bench.core.store import Store
+from o2mkd_bench.engine.router import as_epsilon
 from o2mkd_bench.engine.sample import run_program, to_uint8
 from o2mkd_bench.export import assemble, check_alike, export, table, unfinished
 from o2mkd_bench.pipeline import O2MKDDenoiser, O2MKDPipeline, O2MKDScheduler
@@ -68,7 +69,7 @@ def drawn(run: ToyRun, cell) -> torch.Tensor:
     bench = Bench(run.session.store, "cpu", silent, run.session.registry)
     schedule = bench.schedule(students[0])
     router = bench.router(students, spec["edges"], spec["weights"], "fp32")
-    denoise = router.epsilon(schedule, bench.network(students[0])["prediction"])
+    denoise = as_epsilon(router, schedule, bench.network(students[0])["prediction"])
     program = solver(spec, schedule, run.session.registry)
     last = run_program(program, schedule, denoise, noise(run, cell), lambda i: pytest.fail("no noise is asked for"))
     return (last.clamp(-1, 1) + 1) / 2

@@ -31,9 +31,14 @@ def loss(one: Learner, step: int) -> torch.Tensor:
     return (out - x.sum(1, keepdim=True)).square().mean()
 
 
+def learn(one: Learner, found: torch.Tensor) -> None:
+    one.backward(found)
+    one.update()
+
+
 def train(one: Learner, steps: range) -> None:
     for step in steps:
-        one.step(loss(one, step))
+        learn(one, loss(one, step))
 
 
 def everything(one: Learner) -> dict[str, torch.Tensor]:
@@ -52,7 +57,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def rates(one: Learner, steps: int) -> list[float]:
     found = []
     for step in range(steps):
-        one.step(loss(one, step))
+        learn(one, loss(one, step))
         found.append(one.optimizer.param_groups[0]["lr"])
     return found
 
@@ -110,7 +115,7 @@ def test_average_is_a_plain_mean_until_it_reaches_its_horizon():
     one = learner(Course(40, horizon=40), ema=0.25)
     mine = None
     for step in range(40):
-        one.step(loss(one, step))
+        learn(one, loss(one, step))
         now = one.network[0].weight.detach().double().clone()
         keep = min(step / (step + 1), 1 - 1 / 10)
         mine = now if mine is None else keep * mine + (1 - keep) * now
@@ -122,7 +127,7 @@ def test_average_of_a_hurried_expert_has_its_horizon_in_positions():
     one = learner(Course(10, offset=20, horizon=40, pace=Fraction(2)), ema=0.25)
     assert one.ema.decay == pytest.approx(1 - 1 / 5)
     before = one.ema.module[0].weight.clone()
-    one.step(loss(one, 0))
+    learn(one, loss(one, 0))
     expected = before + (one.network[0].weight - before) / 5
     torch.testing.assert_close(one.ema.module[0].weight, expected)
 
@@ -140,7 +145,7 @@ def test_skipped_steps_move_position_and_average():
 def test_clip_bounds_the_norm_over_network_and_adapters():
     one = learner(Course(4, horizon=4), clip=0.5, optimizer="sgd", betas=(0.0, 0.0), adapters=True)
     before = [p.detach().clone() for p in one.parameters]
-    one.step(1e3 * loss(one, 0))
+    learn(one, 1e3 * loss(one, 0))
     moved = torch.cat([(b - p).flatten() for b, p in zip(before, one.parameters, strict=True)])
     assert moved.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
 
@@ -190,7 +195,7 @@ def test_a_channels_last_network_goes_on_as_if_nothing_had_happened(tmp_path, op
     def steps(one, which):
         for step in which:
             x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
-            one.step((one.network(x.to(memory_format=torch.channels_last)) - x.flip(1)).square().mean())
+            learn(one, (one.network(x.to(memory_format=torch.channels_last)) - x.flip(1)).square().mean())
 
     straight, first, second = made(0), made(0), made(1)
     steps(straight, range(6))
@@ -215,7 +220,7 @@ def test_average_covers_what_is_no_parameter(normalised):
     one = Learner(net, Training(warmup=0.0, ema=1.0).model_dump(), Course(3, horizon=3))
     seen = []
     for step in range(3):
-        one.step(one.network(torch.randn(8, 3, generator=torch.Generator().manual_seed(step))).square().mean())
+        learn(one, one.network(torch.randn(8, 3, generator=torch.Generator().manual_seed(step))).square().mean())
         seen.append({k: v.clone() for k, v in net.state_dict().items()})
     for name, value in one.ema.module.state_dict().items():
         mean = torch.stack([s[name] for s in seen]).double().mean(0) if value.is_floating_point() else seen[-1][name]
@@ -226,7 +231,7 @@ def test_fp16_scales_the_loss_and_passes_over_what_overflows(tmp_path):
     one = learner(Course(10, horizon=10), precision="fp16", clip=1.0)
     train(one, range(2))
     before, scale = one.network[0].weight.clone(), one.scaler.get_scale()
-    one.step(loss(one, 2) * math.inf)
+    learn(one, loss(one, 2) * math.inf)
     assert torch.equal(one.network[0].weight, before)
     assert one.scaler.get_scale() == scale / 2
     one.save(tmp_path / "state.safetensors", {})
@@ -267,13 +272,13 @@ def test_a_step_never_waits_for_the_device(tmp_path, optimizer, precision):
     settings = Training(warmup=0.0, optimizer=optimizer, clip=1.0).model_dump()
     one = Learner(net, settings, Course(4, horizon=4), precision)
     x = torch.randn(4, 3, 6, 6, device="cuda").to(memory_format=torch.channels_last)
-    one.step(net(x).square().mean())
+    learn(one, net(x).square().mean())
     one.save(tmp_path / "state.safetensors", {})
     one.load(tmp_path / "state.safetensors", resume=True)
-    one.step(net(x).square().mean())
+    learn(one, net(x).square().mean())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one.step(net(x).square().mean())
+        learn(one, net(x).square().mean())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(p).all() for p in net.parameters())

@@ -120,7 +120,7 @@ def test_a_third_may_be_written_as_a_float():
 @pytest.mark.parametrize(
     ("student", "text"),
     [
-        ({"blocks": 0}, "blocks is 0"),
+        ({"blocks": 0}, "a level of 0 blocks"),
         ({"config": {"in_channels": 1}}, "s.config: in_channels is 1, the teacher's is 3"),
         ({"config": {"sample_size": 64}}, "sample_size is 64, the teacher's is 32"),
         ({"config": {"layer_per_block": 1}}, "did you mean 'layers_per_block'"),

@@ -15,13 +15,16 @@ import o2mkd_plugins
 from o2mkd_bench import Options, UserError, Wrapper, hookimpl
 from o2mkd_bench.core.build import Machine, build
 from o2mkd_bench.core.errors import PluginError
+from o2mkd_bench.core.grid import time_grid
 from o2mkd_bench.core.plugins import BUILTIN, Registry
+from o2mkd_bench.core.program import Round
 from o2mkd_bench.core.session import selection
 from o2mkd_bench.core.suite import from_mapping, load
 from o2mkd_plugins.models.options import UNet2DOptions
 from o2mkd_plugins.models.unet2d import UNet2D
 from o2mkd_plugins.samplers.ddim import DDIM
 from o2mkd_plugins.samplers.options import DDIMOptions
+from o2mkd_plugins.samplers.progressive import Progressive
 
 MACHINE = Machine("cpu", "some cpu", {"torch": "2"})
 UNET = {"unet2d": {"block_out_channels": [8, 16], "norm_num_groups": 4}}
@@ -539,6 +542,26 @@ def test_a_student_that_predicts_v_is_not_converted(plan):
     assert not rows(found, "teacher")
 
 
+@pytest.mark.parametrize(
+    ("student", "prediction", "kept"),
+    [
+        ("epsilon", "epsilon", False),
+        ("epsilon", "v_prediction", True),
+        ("v_prediction", "v_prediction", False),
+        ("v_prediction", "epsilon", True),
+    ],
+)
+def test_a_conversion_to_what_the_student_predicts_is_left_out(plan, monkeypatch, student, prediction, kept):
+    def rounds(self, schedule, steps):
+        fine = time_grid("trailing", 8, schedule.timesteps)
+        return Round("convert", fine, (), prediction, 0.5), Round("halve", fine[::2], fine, prediction, 0.5)
+
+    monkeypatch.setattr(Progressive, "rounds", rounds)
+    found = plan(students=[{"name": "half", "width": 0.5, "prediction": student}], samplers=progressive(4, start=8))
+    made = [s.spec["round"]["kind"] for s in found.stages.values() if s.kind == "round"]
+    assert made == (["convert"] if kept else []) + ["halve"]
+
+
 def test_rounds_that_cannot_be_are_refused(plan):
     with pytest.raises(UserError, match=r"^samplers\.progressive\(start=6\): .*cannot halve start: 6 down to 4"):
         plan(samplers=progressive(4, start=6))
@@ -704,6 +727,11 @@ def test_a_recipe_is_how_a_row_is_made_whatever_its_seed(plan):
         "sampling": {"images": 1280},
         "precision": "bf16",
     }
+    # null is a word of its own: no clipping
+    trained = [
+        recipes(samplers=[{"progressive": {"steps": 4, "start": 8}, "training": t}]) for t in ({}, {"clip": None})
+    ]
+    assert not set(trained[0].values()) & set(trained[1].values())
     for key, value in ways.items():
         other = recipes(**{key: value})
         assert known.keys() == other.keys()

@@ -18,7 +18,7 @@ from rich.console import Console
 from o2mkd_bench import hookimpl
 from o2mkd_bench.cli.observers import Trackers, together
 from o2mkd_bench.cli.progress import LiveProgress, PlainProgress, Progress, display, duration
-from o2mkd_bench.core.errors import PluginError
+from o2mkd_bench.core.errors import PluginError, UserError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.plugins import Registry
 from o2mkd_bench.core.quiet import quiet
@@ -252,6 +252,23 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(
     with Trackers(["recorder"], tmp_path, trackers, said.append) as observers:
         observers(Event("start"))
     assert said == ["warning: tracker recorder failed and is told nothing more: OSError: no network"]
+
+
+def test_a_tracker_has_the_options_that_it_is_given(
+    trackers: Registry, recording: Callable[[str], type[Recorder]], tmp_path: Path
+) -> None:
+    recording("")
+    with Trackers(["{recorder: {}}"], tmp_path, trackers, print):
+        pass
+    for text, expected in (
+        ("{recorder: {prefix: x}}", r"^--tracker recorder: prefix: it has no such option \(options: none\)"),
+        ("[recorder]", r"^--tracker \[recorder\]: write NAME, or \{NAME: \{OPTION: VALUE\}\}"),
+        ("{a: {}, b: {}}", "write NAME"),
+        ("{recorder: 3}", "write NAME"),
+        ("{", "write NAME"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            Trackers([text], tmp_path, trackers, print)
 
 
 def test_an_unknown_tracker_stops_the_run_before_it_starts(trackers: Registry, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.grid import time_grid
 from o2mkd_bench.engine.denoiser import Call
 from o2mkd_bench.engine.kd import convert
-from o2mkd_bench.engine.router import Router
+from o2mkd_bench.engine.router import Router, as_epsilon
 from o2mkd_bench.engine.sample import CountingDenoiser, auto_batch, batch_within, run_program, sample_images, to_uint8
 from o2mkd_plugins.samplers.ddim import DDIM
 from o2mkd_plugins.samplers.ddpm import DDPM
@@ -251,7 +251,7 @@ class TestRouter:
         def denoise(x, t):
             assert type(t) is int
             seen.append(t)
-            return router.epsilon(SCHEDULE, "epsilon")(x, t)
+            return as_epsilon(router, SCHEDULE, "epsilon")(x, t)
 
         program = DPMSolver(DPMSolverOptions(order=3)).program(SCHEDULE, time_grid(spacing, 10), edges)
         counted = CountingDenoiser(denoise)
@@ -268,7 +268,7 @@ class TestRouter:
         x = alpha[0] * x0 + sigma[0] * noise
         answer = convert(noise, "epsilon", prediction, x, alpha, sigma)
         router = route([Scale(1.0)], forward=lambda network, x, t: answer)
-        torch.testing.assert_close(router.epsilon(SCHEDULE, prediction)(x, 400), noise, rtol=0, atol=1e-5)
+        torch.testing.assert_close(as_epsilon(router, SCHEDULE, prediction)(x, 400), noise, rtol=0, atol=1e-5)
 
     def test_network_runs_in_its_dtype_and_the_result_is_float32(self):
         seen = []

@@ -246,7 +246,7 @@ def test_the_sources_of_a_stage_are_its_plugins_modules(session):
         "samples": {"samplers:progressive"},
         "reference": {"metrics:fid"},
         "score": {"metrics:fid"},
-        "speed": {"samplers:progressive"},
+        "speed": {"samplers:progressive", "models:unet2d"},
         "probe": set(),
     }
 

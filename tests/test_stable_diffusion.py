@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from o2mkd_bench import run
+from o2mkd_bench.cli.door import main
 from o2mkd_bench.core.checkpoints import download_hub, read_checkpoint, resolve_hub
 from o2mkd_bench.core.errors import NetworkUnavailable, UserError
 from o2mkd_bench.core.events import silent
@@ -32,6 +34,7 @@ from o2mkd_bench.pipeline import O2MKDPipeline
 from o2mkd_bench.stages.bench import Bench
 from o2mkd_bench.stages.latents import open_codec
 from o2mkd_bench.stages.samples import Painter, noise_source, solver
+from o2mkd_bench.stages.speed import _painter
 from o2mkd_plugins.models.unet2d_condition import UNet2DCondition, complete
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +165,11 @@ def test_width_keeps_the_channels_of_groups_and_heads() -> None:
         ({"variant": "bk_huge"}, "no variant of UNet2DConditionModel; known are bk_base"),
         ({"config": {"cross_attention_dim": 5}}, "cross_attention_dim is 5, the teacher's is 768"),
         ({"config": {"layers_per_blok": 1}}, "did you mean 'layers_per_block'"),
+        ({"blocks": 0}, "a level of 0 blocks is none"),
+        ({"config": {"block_out_channels": [320, 640]}}, "has 2 levels; give as many down_block_types"),
+        ({"config": {"norm_num_groups": 7}}, "norm_num_groups 7 does not divide .* a divisor of 320"),
+        ({"config": {"attention_head_dim": 3}}, "attention_head_dim 3, the number of heads, does not divide"),
+        ({"config": {"attention_head_dim": [8, 8]}}, "does not divide"),
     ],
 )
 def test_what_is_no_student_is_refused(student: dict[str, object], text: str) -> None:
@@ -301,6 +309,47 @@ def test_guidance_is_one_call_of_twice_the_batch(guidance: float | None, rows: i
     assert (router.asked, router.fitted) == ([(3 * rows, 7)], 3 * rows)
 
 
+def test_speeds_are_read_at_any_batch() -> None:
+    call = SimpleNamespace(network=torch.nn.Linear(1, 1))
+    painter = _painter(SimpleNamespace(calls=[call]), (2, 3), 3000, 7.5)
+    assert isinstance(painter, Guided)
+    painter.prompt(torch.arange(3000))
+
+
+def test_more_images_than_prompts_are_refused(
+    systems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps(suite_of(systems)))
+    results = run(suite_of(systems), out=tmp_path / "out", store=tmp_path / "store")
+    (cell,) = [row["cell"] for row in results.document["rows"] if row["role"] == "student"]
+    for n, code in ((PROMPTS + 1, 2), (1, 0)):
+        words = [
+            "sample",
+            cell,
+            "-n",
+            n,
+            "--suite",
+            suite,
+            "--store",
+            tmp_path / "store",
+            "--out",
+            tmp_path / "one.png",
+        ]
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        assert stopped.value.code == code
+        told = capsys.readouterr().err
+        assert (f"draws from {PROMPTS} prompts, one an image; ask for fewer" in told) == (code == 2)
+
+
+def test_a_codec_under_another_name_is_refused(pipeline: Path) -> None:
+    vae = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model\.safetensors is missing"):
+        read_checkpoint(pipeline, "teachers.t")
+
+
 def test_images_are_finished_as_pillow_does(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
     found = finished(images, ["jpeg 75", "resize 6 bicubic", "jpeg 75"])
@@ -327,7 +376,7 @@ def test_a_latent_pipeline_is_read(systems: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        ("vae/diffusion_pytorch_model.safetensors", "no weights; expected"),
+        ("vae/diffusion_pytorch_model.safetensors", "is missing; save the whole pipeline"),
         ("text_encoder/model.safetensors", "is missing; save the whole pipeline"),
         ("tokenizer", "holds no vocabulary"),
         ("model_index.json", "works on latents; give the whole pipeline"),
@@ -369,11 +418,11 @@ def test_the_hub_gives_the_codec_too(systems: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    assert resolve_hub("acme/sd").folder is None
+    assert resolve_hub("acme/sd") is None
     assert read_checkpoint(download_hub("acme/sd"), "t").pixels == 32
-    assert resolve_hub("acme/sd").folder == snapshot
+    assert resolve_hub("acme/sd") == snapshot
     (snapshot / "text_encoder" / "model.safetensors").unlink()
-    assert resolve_hub("acme/sd").folder is None
+    assert resolve_hub("acme/sd") is None
 
 
 # --- plans ---

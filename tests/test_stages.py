@@ -28,7 +28,7 @@ from o2mkd_bench.report.merge import merge
 from o2mkd_bench.report.tables import markdown
 from o2mkd_bench.runner import discard_changed, results_folder, run_session
 from o2mkd_bench.stages.samples import draw
-from o2mkd_bench.stages.speed import quantile, readings
+from o2mkd_bench.stages.speed import readings
 from o2mkd_bench.stages.train import course
 
 
@@ -160,12 +160,6 @@ def test_readings_are_warm_and_leave_the_warm_up_out():
     calls, ticks = [], iter([0.0, 1.0, 10.0, 12.5, 20.0, 23.0])
     assert readings(lambda: calls.append(1), 3, "cpu", lambda: next(ticks)) == [1.0, 2.5, 3.0]
     assert len(calls) == 4
-
-
-@pytest.mark.parametrize("values", [[3.0], [4.0, 1.0], [5.0, 2.0, 9.0, 1.0, 7.0]])
-@pytest.mark.parametrize("q", [0.0, 0.5, 0.9, 1.0])
-def test_quantiles_are_numpy_s(values, q):
-    assert quantile(values, q) == pytest.approx(np.quantile(values, q))
 
 
 def test_speed_says_what_it_measured(toy_run):

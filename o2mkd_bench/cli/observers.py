@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.plugins import Registry
 
@@ -16,9 +19,14 @@ class Trackers(AbstractContextManager["Trackers"]):
     """The trackers named; one that raises is said so once, and told nothing more."""
 
     def __init__(self, names: Sequence[str], out: Path, registry: Registry, say: Callable[[str], None]) -> None:
-        """Raises PluginError for a name that no tracker has, and for one that cannot be loaded."""
-        plugins = [(name, registry.get("trackers", name)) for name in dict.fromkeys(names)]
-        loaded = [(name, plugin.load(), plugin.parse({})) for name, plugin in plugins]
+        """``names``: each a name, or ``{name: {option: value}}`` as in a suite.
+
+        Raises:
+            PluginError: for a name that no tracker has, and for one that cannot be loaded.
+            UserError: for options that it does not have.
+        """
+        plugins = [(name, registry.get("trackers", name), given) for name, given in map(_use, dict.fromkeys(names))]
+        loaded = [(name, plugin.load(), plugin.asked(given, f"--tracker {name}")) for name, plugin, given in plugins]
         self._say = say
         self._live: dict[str, Any] = {}
         for name, make, options in loaded:
@@ -41,6 +49,20 @@ class Trackers(AbstractContextManager["Trackers"]):
         else:
             if keep:
                 self._live[name] = made
+
+
+def _use(text: str) -> tuple[str, Mapping[str, Any]]:
+    """The name and the options that ``--tracker`` gives."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    match found:
+        case str():
+            return found, {}
+        case dict() if len(found) == 1 and isinstance(options := next(iter(found.values())), dict):
+            return str(next(iter(found))), options
+    raise UserError(f"--tracker {text}: write NAME, or {{NAME: {{OPTION: VALUE}}}} in quotes")
 
 
 def together(*observers: Observer) -> Observer:

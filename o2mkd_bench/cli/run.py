@@ -38,7 +38,10 @@ def run(
     ] = False,
     tracker: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Tell a tracker of every event: `jsonl`, `tensorboard`, `wandb`."),
+        typer.Option(
+            metavar="NAME",
+            help="Tell a tracker of every event: `jsonl`, `tensorboard`, `wandb`, `{NAME: {OPTION: VALUE}}`.",
+        ),
     ] = None,
     workers: Annotated[
         int | None,
@@ -100,7 +103,7 @@ def placed(executor: str, options: Sequence[str], given: Mapping[str, object]) -
     """What the command line says of who makes the stages.
 
     Raises:
-        UserError: for an option that is no ``key=value``.
+        UserError: for an option that is no ``key=value``, or given twice.
     """
     from ..core.errors import UserError
     from ..executors.choose import Placement
@@ -111,4 +114,6 @@ def placed(executor: str, options: Sequence[str], given: Mapping[str, object]) -
         if not key or not equals:
             raise UserError(f"--executor-option {text}: write KEY=VALUE")
         found[key] = value
+    for key in given.keys() & found.keys():
+        raise UserError(f"--executor-option {key}={found[key]}: --{key} {given[key]} says it, too; give one of them")
     return Placement(executor, {**found, **given})

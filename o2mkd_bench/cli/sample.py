@@ -53,7 +53,10 @@ def sample(
     for name in stage.inputs():
         if not session.store.has(name):
             label = session.plan.stages[name].label
-            raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.root}; run its suite first")
+            raise UserError(f"cell {cell} cannot draw: {label} is not in {session.store.address}; run its suite first")
+    for name in stage.needs.get("prompts", ()):
+        if n > (count := session.store.manifest(name).meta["prompts"]):
+            raise UserError(f"--n {n}: cell {cell} draws from {counted(count, 'prompt')}, one an image; ask for fewer")
     place = out or Path(f"{chosen.identity[:8]}.png")
     # drawing takes longer than to find out that there is no place for the images
     check_place(place)

@@ -51,7 +51,8 @@ def ls(store: StoreDir = None, json: Json = False) -> None:
             size, made = bytes_text(sizes[manifest.identity]), manifest.created[:16].replace("T", " ")
             table.add_row(manifest.identity[:8], manifest.kind, manifest.label, size, made)
         out.print(table)
-    out.print(f"{counted(len(found), 'artifact')}, {bytes_text(sum(sizes.values()))} in {place.root}", soft_wrap=True)
+    held = f"{counted(len(found), 'artifact')}, {bytes_text(sum(sizes.values()))}"
+    out.print(f"{held} in {place.address}", soft_wrap=True)
 
 
 @app.command()
@@ -179,4 +180,4 @@ def import_(
     from ..core.transfer import import_artifacts
 
     place = store_at(store)
-    print(f"imported {counted(len(import_artifacts(place, src)), 'artifact')} into {place.root}")
+    print(f"imported {counted(len(import_artifacts(place, src)), 'artifact')} into {place.address}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,31 +71,13 @@ class Checkpoint:
     pixels: int | None = None
 
 
-@dataclass(frozen=True)
-class HubRef:
-    """A repository of the Hub as the local cache knows it.
-
-    Attributes:
-        revision: branch, tag or commit as asked for; None: the main branch.
-        commit: the 40 hex digits, None as long as nobody has looked them up.
-        folder: the local snapshot with config and all weights, None when something must be downloaded.
-    """
-
-    repo: str
-    revision: str | None
-    commit: str | None
-    folder: Path | None
-
-
-def read_checkpoint(
-    path: Path, where: str, *, schedule: Mapping[str, Any] | None = None, cache: Path | None = None
-) -> Checkpoint:
+def read_checkpoint(path: Path, where: str, *, schedule: Mapping[str, Any] | None = None) -> Checkpoint:
     """Read a diffusers folder: a pipeline, or a bare network.
 
     A pipeline has ``unet/`` or ``transformer/``, and ``scheduler/``, below it, or both flat.
 
     ``where``: the suite's key, for errors. ``schedule``: the keys of a ``scheduler_config.json``, for a bare network
-    without one. ``cache``: where content hashes are remembered.
+    without one.
 
     Raises:
         UserError: when something is missing or of a kind that cannot be run.
@@ -124,7 +105,7 @@ def read_checkpoint(
         "model": model,
         "schedule": noise.scheduler_config(),
         "prediction": prediction,
-        "weights": [content_hash(file, cache) for file in weights],
+        "weights": [content_hash(file) for file in weights],
     }
     return Checkpoint(
         folder=folder,
@@ -146,7 +127,7 @@ def codec_files(path: Path, where: str) -> dict[str, Path]:
     Raises:
         UserError: when something is missing, or weights are there as pickles only.
     """
-    found = {"vae/config.json": path / "vae/config.json", f"vae/{WEIGHTS}": weight_files(path / "vae", where)[0]}
+    found = {f"vae/{name}": path / "vae" / name for name in ("config.json", WEIGHTS)}
     encoder = path / "text_encoder"
     text = encoder / "model.safetensors"
     found |= {f"text_encoder/{file.name}": file for file in (encoder / "config.json", text)}
@@ -204,8 +185,10 @@ def _check_headers(files: Iterable[Path], where: str) -> None:
             raise UserError(f"{where}: {file} cannot be read as safetensors ({error}); copy it again") from error
 
 
-def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
-    """What the local Hugging Face cache knows of ``repo``, without the network.
+def resolve_hub(repo: str, revision: str | None = None) -> Path | None:
+    """The snapshot of ``repo`` in the local Hugging Face cache, without the network.
+
+    None where something of its config or its weights must be downloaded.
 
     Raises:
         UserError: when ``repo`` is no repository id.
@@ -220,10 +203,8 @@ def resolve_hub(repo: str, revision: str | None = None) -> HubRef:
         if isinstance(found, str):
             network = Path(found).parent
             snapshot = network.parent if "/" in name else network
-            whole = _has_weights(network) and _has_codec(snapshot)
-            return HubRef(repo, revision, snapshot.name, snapshot if whole else None)
-    pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
-    return HubRef(repo, revision, revision if pinned else None, None)
+            return snapshot if _has_weights(network) and _has_codec(snapshot) else None
+    return None
 
 
 def download_hub(repo: str, revision: str | None = None) -> Path:
@@ -236,7 +217,7 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if folder := resolve_hub(repo, revision).folder:
+    if folder := resolve_hub(repo, revision):
         return folder
     names = ["config.json", "diffusion_pytorch_model*.safetensors", INDEX]
     parts = [f"{part}/{name}" for part in DENOISERS for name in names]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-Kind = Literal["plan", "start", "progress", "log", "done", "reused", "failed", "message", "end"]
+Kind = Literal["plan", "start", "progress", "done", "reused", "failed", "message", "end"]
 
 
 @dataclass(frozen=True)

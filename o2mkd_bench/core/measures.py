@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import PluginError, UserError
 from .grid import time_grid
-from .identity import identity, resolved
+from .identity import identity
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
 from .program import Clip, Program
@@ -179,7 +179,7 @@ class Measures:
         key = (subject.source.use.label, subject.teacher.name, draw.entry.label, draw.steps, draw.weights)
         if key not in self._ways:
             seedless = {key: value for key, value in drawn.items() if key not in ("seed", "edges")}
-            self._ways[key] = identity([seedless, resolved(draw.entry.training)])
+            self._ways[key] = identity([seedless, draw.entry.training.model_dump(mode="json", exclude_unset=True)])
         return self._ways[key]
 
     def _spacing(self, entry: SamplerEntry) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -15,8 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
+from pydantic import ValidationError
 
-from .errors import PluginError
+from .complaints import complaints, near
+from .errors import PluginError, UserError
 from .hookspecs import API, BASES, GROUP, KINDS, TRAITS, HookSpecs
 from .options import Options
 
@@ -86,6 +87,22 @@ class Plugin:
             pydantic.ValidationError: for unknown keys and wrong values.
         """
         return self.options.model_validate(dict(options))
+
+    def asked(self, options: Mapping[str, Any], where: str) -> Options:
+        """Validated options of the command line.
+
+        Raises:
+            UserError: for the first that is wrong, with ``where`` before it.
+        """
+        try:
+            return self.parse(options)
+        except ValidationError as error:
+            path, text, _ = complaints(error, self.options)[0]
+            known = list(self.options.model_fields)
+            if len(path) == 1 and path[0] not in known:
+                text = f"it has no such option{near(str(path[0]), known)}"
+            key = ".".join(map(str, path))
+            raise UserError(f"{where}: {key}: {text} (options: {', '.join(known) or 'none'})") from error
 
 
 @dataclass(frozen=True)
@@ -191,12 +208,11 @@ class Registry:
             names = " or ".join(f"{p.distribution}:{short}" for p in claims)
             raise PluginError(f"{kind} {short!r} is claimed by {count} plugins; write {names}")
         plugins = self.all(kind)
-        near = difflib.get_close_matches(short, [p.name for p in plugins], n=1)
         # one that shares its name is told by its distribution
         known = [p.name if self._plugins[kind, p.name][0] is p else p.key for p in plugins]
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = near(short, [p.name for p in plugins])
         broken = "".join(f"; plugin {b.distribution} did not load: {b.error}" for b in self.broken)
-        raise PluginError(f"no {kind} plugin is called {name!r}; {hint}known are {', '.join(known) or 'none'}{broken}")
+        raise PluginError(f"no {kind} plugin is called {name!r}{hint} (known: {', '.join(known) or 'none'}){broken}")
 
 
 def entry_points() -> Iterable[importlib.metadata.EntryPoint]:

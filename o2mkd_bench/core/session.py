@@ -69,7 +69,7 @@ def measured_edges(store: Store, stage: str) -> list[int] | None:
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    return resolve_hub(repo, revision).folder
+    return resolve_hub(repo, revision)
 
 
 def store_at(path: Path | None) -> Store:

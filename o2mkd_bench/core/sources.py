@@ -24,6 +24,8 @@ def sources(stage: Stage, registry: Registry) -> dict[str, str]:
         named.append(("samplers", spec["sampler"]["name"]))
     named += [("kd_methods", m["name"]) for m in spec.get("methods", ())]
     named += [("metrics", m["name"]) for m in spec.get("metrics", ())]
+    if stage.kind == "speed":
+        named += [("models", about["family"]["name"]) for about in stage.local["networks"]]
     if isinstance(spec.get("network"), dict) and "family" in spec["network"]:
         named.append(("models", spec["network"]["family"]["name"]))
     return {f"{kind}:{name}": module_hash(registry.get(kind, name).target.partition(":")[0]) for kind, name in named}

@@ -330,8 +330,7 @@ class Trainer:
             rounds = draw.sampler.rounds(recipe.teacher.schedule, draw.steps)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if trained.prediction == "v_prediction":
-            rounds = tuple(r for r in rounds if r.kind != "convert")
+        rounds = tuple(r for r in rounds if (r.kind, r.prediction) != ("convert", trained.prediction))
         if rounds and rounds[0].kind == "halve" and rounds[0].prediction != trained.prediction:
             raise UserError(
                 f"{where}: its rounds begin with students that predict {rounds[0].prediction}, and those of "

@@ -83,7 +83,7 @@ def export_artifacts(store: Store, ids: Iterable[str], dest: Path, part_size: in
         except BaseException as error:
             parts.drop()
             if isinstance(error, CorruptArtifact):
-                raise UserError(f"{error} (store {store.root}); run its suite again or leave it out") from error
+                raise UserError(f"{error} (store {store.address}); run its suite again or leave it out") from error
             raise
     return list(chosen)
 

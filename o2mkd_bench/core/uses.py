@@ -13,6 +13,7 @@ from . import source
 from .blocks import Steps, printable
 from .complaints import complaints, joined, near, unknown_key, wanted
 from .errors import PluginError, UserError
+from .identity import resolved
 from .options import Options
 from .plugins import Plugin, Registry
 from .source import Key, Node
@@ -203,13 +204,7 @@ class Uses:
 
 def _given(options: Options) -> str:
     """``(key=value, …)`` for given options that can change a result and are not at their default."""
-    parts = []
-    for name, field in type(options).model_fields.items():
-        extra = field.json_schema_extra
-        is_neutral = isinstance(extra, dict) and extra.get("identity") is False
-        value = getattr(options, name)
-        default = field.get_default(call_default_factory=True, validated_data={})
-        if name in options.model_fields_set and not is_neutral and value != default:
-            dumped = options.model_dump(mode="json", include={name}, by_alias=False)[name]
-            parts.append(f"{name}={dumped if isinstance(dumped, str) else json.dumps(dumped)}")
+    names = [name for name in resolved(options) if name in options.model_fields_set]
+    dumped = options.model_dump(mode="json", include=set(names))
+    parts = [f"{n}={dumped[n] if isinstance(dumped[n], str) else json.dumps(dumped[n])}" for n in names]
     return f"({', '.join(parts)})" if parts else ""

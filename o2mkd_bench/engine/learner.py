@@ -106,11 +106,6 @@ class Learner:
         self.ema = ModelEmaV3(network, decay=1 - 1 / span, use_warmup=True, warmup_power=1.0, exclude_buffers=plain)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-    def step(self, loss: Tensor) -> None:
-        """One optimiser step on ``loss``, at the learning rate and average of the present position."""
-        self.backward(loss)
-        self.update()
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to what the next update goes by."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -70,10 +70,6 @@ class Router:
         ask = self.calls[k] if self.graphs is None else partial(self.graphs.ask, k)
         return ask(x, times, *condition)
 
-    def epsilon(self, schedule: NoiseSchedule, prediction: Prediction) -> Denoise:
-        """This router as :func:`run_program` wants it: networks that predict ``prediction`` answer with epsilon."""
-        return as_epsilon(self, schedule, prediction)
-
 
 def as_epsilon(raw: Denoise, schedule: NoiseSchedule, prediction: Prediction) -> Denoise:
     """A denoiser that answers with ``prediction`` as one that answers with epsilon."""

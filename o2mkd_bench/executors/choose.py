@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
-from ..core.complaints import complaints, near
-from ..core.errors import UserError
 from ..core.executor import Executor, Site
 from ..core.machine import gpus_like
 from ..core.session import Session
@@ -43,16 +39,7 @@ def choose(session: Session, placement: Placement, fail_fast: bool) -> Executor 
         return None
     plugin = session.registry.get("executors", placement.executor)
     make = plugin.load()
-    try:
-        options = plugin.parse(placement.options)
-    except ValidationError as error:
-        path, text, _ = complaints(error, plugin.options)[0]
-        key = ".".join(map(str, path))
-        known = list(plugin.options.model_fields)
-        if len(path) == 1 and path[0] not in known:
-            text = f"it has no such option{near(key, known)}"
-        listed = ", ".join(known) or "none"
-        raise UserError(f"--executor {placement.executor}: {key}: {text} (options: {listed})") from error
+    options = plugin.asked(placement.options, f"--executor {placement.executor}")
     machine = session.machine
     site = Site(
         session.store.root, machine.device, devices, machine.mode, fail_fast, tuple(sys.path), session.store.address

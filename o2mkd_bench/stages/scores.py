@@ -69,7 +69,7 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
     protocol = Protocol(
         network=network.name,
         sha256=network.sha256,
-        reference=data.meta.get("reference", "train"),
+        reference="train",
         reference_fingerprint=data.spec["fingerprint"],
         reference_count=data.meta["train"],
         images=len(images),

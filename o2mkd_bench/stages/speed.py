@@ -19,7 +19,7 @@ from ..core.schedule import NoiseSchedule
 from ..core.store import Draft
 from ..engine.guidance import Guided
 from ..engine.router import Router, as_epsilon
-from ..engine.sample import MOST, run_program
+from ..engine.sample import run_program
 from .bench import Bench, Stopwatch, write_json
 from .samples import noise_source, solver
 from .train import build
@@ -45,7 +45,8 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     modules = [build(bench, about, 0).eval().requires_grad_(False) for about in networks]
     here = replace(bench, mode=Mode(spec["compile"], spec["cuda_graphs"]))
     router = here.assemble(networks[0], modules, spec["edges"], spec["precision"], partial(bench.say, stage))
-    painter = _painter(router, bench.family(networks[0]).condition_shape(modules[0]), spec.get("guidance"))
+    followed = bench.family(networks[0]).condition_shape(modules[0])
+    painter = _painter(router, followed, spec["batch"], spec.get("guidance"))
     denoise = as_epsilon(painter, schedule, networks[0]["prediction"])
     noise_for = noise_source(0, tuple(spec["shape"]))
 
@@ -65,9 +66,9 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     least = CUDA_LATENCY_REPEATS if bench.device.startswith("cuda") else LATENCY_REPEATS
     latency = readings(draw(1), max(spec["repeats"], least), bench.device)
     found = {
-        "images_per_second": spec["batch"] / quantile(throughput, 0.5),
-        "latency_ms_median": 1e3 * quantile(latency, 0.5),
-        "latency_ms_p90": 1e3 * quantile(latency, 0.9),
+        "images_per_second": spec["batch"] / float(np.quantile(throughput, 0.5)),
+        "latency_ms_median": 1e3 * float(np.quantile(latency, 0.5)),
+        "latency_ms_p90": 1e3 * float(np.quantile(latency, 0.9)),
         "batch": spec["batch"],
         "peak_memory_mb": memory,
         "device": spec["device"],
@@ -78,12 +79,12 @@ def make(stage: Stage, bench: Bench, draft: Draft) -> None:
     draft.meta["seconds"] = clock.seconds()
 
 
-def _painter(router: Router, followed: tuple[int, ...] | None, guidance: float | None) -> Router | Guided:
+def _painter(router: Router, followed: tuple[int, ...] | None, batch: int, guidance: float | None) -> Router | Guided:
     """The router as sampling asks it: with guidance where its networks follow something, of which zeros will do."""
     if followed is None:
         return router
     device = next(router.calls[0].network.parameters()).device
-    nothing = np.broadcast_to(np.zeros((), dtype=np.float16), (MOST, *followed))
+    nothing = np.broadcast_to(np.zeros((), dtype=np.float16), (batch, *followed))
     return Guided(router, nothing, torch.zeros(followed, dtype=torch.float16, device=device), guidance)
 
 
@@ -127,12 +128,3 @@ def readings(
         once()
         found.append(synchronised() - start)
     return found
-
-
-def quantile(values: list[float], q: float) -> float:
-    """The quantile by linear interpolation, as numpy's default."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

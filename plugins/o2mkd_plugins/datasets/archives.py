@@ -51,13 +51,21 @@ class Archive(ABC):
         Raises:
             UserError: when that is not one image.
         """
-        count = len(self)
-        steps = [math.floor(i * test_fraction) for i in range(count + 1)]
-        test = np.diff(steps).astype(bool)
-        if not test.any():
-            share = f"{test_fraction} of {count} images"
-            raise UserError(f"{self.key}.test_fraction: {share} is not one image; raise it")
+        test = held_out(len(self), test_fraction, self.key)
         return {"train": self.split(square, ~test), "test": self.split(square, test)}
+
+
+def held_out(count: int, test_fraction: float, key: str) -> Mask:
+    """Which of ``count`` images are held out, evenly spread; ``key``: the dataset's in a suite.
+
+    Raises:
+        UserError: when that is not one image.
+    """
+    steps = [math.floor(i * test_fraction) for i in range(count + 1)]
+    test: Mask = np.diff(steps).astype(bool)
+    if not test.any():
+        raise UserError(f"{key}.test_fraction: {test_fraction} of {count} images is not one image; raise it")
+    return test
 
 
 @dataclass(frozen=True)

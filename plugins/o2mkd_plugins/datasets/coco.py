@@ -21,6 +21,7 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.fingerprint import content_hash
 from o2mkd_bench.core.identity import identity
 
+from .archives import held_out
 from .options import CocoOptions
 from .pictures import Square, decode, planes
 
@@ -64,12 +65,14 @@ class Coco(CaptionedSource):
             hashes = {name: content_hash(path) for name, path in self._inputs().items()}
         else:
             compared, hashes = "published archives of MS-COCO, not on this machine", dict(PROMISED)
-        real = {"images": hashes.pop(VAL), "train": hashes[_TRAIN], "held_out": o.test_fraction}
+        # until 2026-11-30 every so-manieth was held out, which is another set for some shares
+        held = {"held_out": o.test_fraction, "spread": "evenly"}
+        real = {"images": hashes.pop(VAL), "train": hashes[_TRAIN], **held}
         captions_of_val = hashes.pop("annotations")
         asked = {"from": hashes.pop("prompts", captions_of_val), "count": o.prompts, "seed": o.seed}
         how = "squashed by bicubic" if o.protocol == "bk_sdm" else str(self._square(o.scored))
         captions = Captions(
-            pairs=identity({**hashes, "held_out": o.test_fraction}),
+            pairs=identity({**hashes, **held}),
             prompts=identity({**asked, "protocol": PROTOCOL}),
             count=o.prompts,
             size=o.size,
@@ -168,17 +171,14 @@ class Coco(CaptionedSource):
         return files
 
     def _examples(self, split: str) -> list[Example]:
-        """The captioned images of a split; every so-manieth is held out."""
+        """The captioned images of a split; those held out are evenly spread."""
         o = self.options
         if o.train:
             folder = self._path("train", o.train)
             found = [Example(folder / row["file_name"], row["text"]) for row in _table(_metadata_of(folder))]
         else:
             found = _captioned(self._annotations(_TRAIN), self._root / _TRAIN)
-        every = max(2, round(1 / o.test_fraction))
-        if len(found) < every:
-            raise UserError(f"{KEY}.test_fraction: one in {every} of {len(found)} images is none; raise it")
-        held = [number % every == every - 1 for number in range(len(found))]
+        held = held_out(len(found), o.test_fraction, KEY)
         return [example for example, out in zip(found, held, strict=True) if out == (split == "test")]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from o2mkd_bench.core.complaints import near
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import ModelFamily
 from o2mkd_bench.core.options import Options
@@ -209,9 +209,8 @@ def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name == OLD_NAME and key in OLD_KEYS and known[key] == OLD_KEYS[key]:
             del known[key]
             continue
-        near = difflib.get_close_matches(key, DEFAULTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are those of diffusers' {CLASS_NAME}"
-        raise UserError(f"{where}: {CLASS_NAME} has no key {key!r} of value {known[key]!r}; {hint}")
+        hint = near(key, DEFAULTS) or f"; the keys are those of diffusers' {CLASS_NAME}"
+        raise UserError(f"{where}: {CLASS_NAME} has no key {key!r} of value {known[key]!r}{hint}")
     full = {"_class_name": CLASS_NAME, **DEFAULTS, **known}
     if full["out_channels"] is None:
         full["out_channels"] = full["in_channels"]

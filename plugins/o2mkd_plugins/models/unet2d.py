@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
+from o2mkd_bench.core.complaints import near
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import ModelFamily
 from o2mkd_bench.core.options import Options
@@ -116,8 +116,6 @@ class UNet2D(ModelFamily):
         if width is not None and width != 1:
             config |= _narrow(config, float(width), where)
         if blocks is not None:
-            if blocks < 1:
-                raise UserError(f"{where}: blocks is {blocks}; a level needs at least one residual block")
             config["layers_per_block"] = int(blocks)
         if explicit:
             given = {key: config[key] for key in GIVEN}
@@ -181,9 +179,8 @@ def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in known:
         if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are those of diffusers' {CLASS_NAME}"
-            raise UserError(f"{where}: {CLASS_NAME} has no key {key!r}; {hint}")
+            hint = near(key, DEFAULTS) or f"; the keys are those of diffusers' {CLASS_NAME}"
+            raise UserError(f"{where}: {CLASS_NAME} has no key {key!r}{hint}")
     full = {"_class_name": CLASS_NAME, **DEFAULTS, **known}
     if full["class_embed_type"] is not None or full["num_class_embeds"] is not None:
         raise UserError(f"{where}: the network is class-conditional, which is not supported; use an unconditional one")
@@ -232,7 +229,9 @@ def _attending(config: Mapping[str, Any]) -> list[int]:
 def _check(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError unless ``config`` is a network that diffusers builds as it is written."""
     channels, groups, head = (config[key] for key in ("block_out_channels", "norm_num_groups", "attention_head_dim"))
-    levels = len(channels)
+    levels, layers = len(channels), config["layers_per_block"]
+    if layers < 1:
+        raise UserError(f"{where}: a level of {layers} blocks is none; give blocks, or layers_per_block, of at least 1")
     if {len(config["down_block_types"]), len(config["up_block_types"])} != {levels}:
         raise UserError(
             f"{where}: block_out_channels {list(channels)} has {levels} levels; give as many down_block_types and "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from o2mkd_bench.core.complaints import near
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import Codec, ModelFamily
 from o2mkd_bench.core.options import Options
@@ -89,6 +90,7 @@ class UNet2DCondition(ModelFamily):
             for key, value in given.items():
                 if config[key] != value:
                     raise UserError(f"{where}.config: {key} is {config[key]}, the teacher's is {value}; leave it out")
+        _check(config, where)
         return config
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
@@ -181,9 +183,8 @@ def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = {key: value for key, value in config.items() if not key.startswith("_") and key not in _idle(config)}
     for key in known:
         if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "networks of the Stable Diffusion v1 line do not set it"
-            raise UserError(f"{where}: {CLASS_NAME} with the key {key!r} is not supported; {hint}")
+            hint = near(key, DEFAULTS) or "; networks of the Stable Diffusion v1 line do not set it"
+            raise UserError(f"{where}: {CLASS_NAME} with the key {key!r} is not supported{hint}")
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
     return {"_class_name": CLASS_NAME, **DEFAULTS, **plain}
 
@@ -246,6 +247,30 @@ def _narrow(config: Mapping[str, Any], width: float, where: str) -> dict[str, An
         "block_out_channels": [int(c * scale) for c in config["block_out_channels"]],
         "attention_head_dim": [int(h * scale) for h in heads] if isinstance(heads, Sequence) else int(heads * scale),
     }
+
+
+def _check(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless ``config`` is a network that diffusers builds as it is written."""
+    channels, groups, layers = (config[key] for key in ("block_out_channels", "norm_num_groups", "layers_per_block"))
+    levels, heads = len(channels), config["attention_head_dim"]
+    if {len(config["down_block_types"]), len(config["up_block_types"])} != {levels}:
+        raise UserError(
+            f"{where}: block_out_channels {list(channels)} has {levels} levels; give as many down_block_types and "
+            "up_block_types"
+        )
+    if any(n < 1 for n in (layers if isinstance(layers, Sequence) else [layers])):
+        raise UserError(f"{where}: a level of {layers} blocks is none; give blocks, or layers_per_block, of at least 1")
+    if not groups or any(c % groups for c in channels):
+        raise UserError(
+            f"{where}: norm_num_groups {groups} does not divide block_out_channels {list(channels)}; "
+            f"use a divisor of {math.gcd(*channels)}"
+        )
+    each = heads if isinstance(heads, Sequence) else [heads] * levels
+    if len(each) != levels or any(not h or c % h for c, h in zip(channels, each, strict=True)):
+        raise UserError(
+            f"{where}: attention_head_dim {heads}, the number of heads, does not divide block_out_channels "
+            f"{list(channels)}; use a divisor of {math.gcd(*channels)}"
+        )
 
 
 def _source(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

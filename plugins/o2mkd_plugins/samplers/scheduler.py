@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from o2mkd_bench.core.complaints import near
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.grid import Spacing, time_grid
 from o2mkd_bench.core.program import Clip, Program, Sampler
@@ -80,11 +80,8 @@ class Scheduler(Sampler):
         if name.endswith("Scheduler") and hasattr(diffusers, name):
             kind: type = getattr(diffusers, name)
             return kind
-        near = difflib.get_close_matches(name, [known for known in dir(diffusers) if known.endswith("Scheduler")], n=1)
-        raise UserError(
-            f"diffusers {diffusers.__version__} has no scheduler {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
+        raise UserError(f"diffusers {diffusers.__version__} has no scheduler {name!r}{near(name, known)}")
 
     def _spacing(self, grid: Sequence[int], timesteps: int) -> Spacing:
         for spacing in _SPACINGS:
