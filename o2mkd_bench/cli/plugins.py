@@ -149,12 +149,6 @@ def _table(listed: Sequence[Plugin], found: Registry) -> Table:
 
 def _facts(plugin: Plugin, registry: Registry) -> dict[str, Any]:
     """``write``: what a suite must write for it; more than the name where another distribution claims it too."""
-    from ..core.errors import PluginError
-
-    try:
-        clear = registry.get(plugin.kind, plugin.name) is plugin
-    except PluginError:
-        clear = False
     keys = ("kind", "name", "version", "summary", "paper", "distribution", "distribution_version", "target")
     facts = {key: getattr(plugin, key) for key in keys}
-    return {**facts, "write": plugin.name if clear else f"{plugin.distribution}:{plugin.name}"}
+    return {**facts, "write": registry.written(plugin)}

@@ -167,9 +167,9 @@ def render(document: Mapping[str, Any], format: Format, against: str | None = No
         )
     match format:
         case Format.csv:
-            from ..report.frame import frame
+            from ..report.frame import as_csv
 
-            return str(frame(document).to_csv(index=False, lineterminator="\n"))
+            return as_csv(document)
         case Format.md:
             return tables.markdown(document, beside)
         case Format.latex:

@@ -11,7 +11,7 @@ from .grid import time_grid
 from .identity import identity
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
-from .program import Clip, Program
+from .program import Clip, Program, passes
 from .schedule import NoiseSchedule
 from .suite import Expect, SamplerEntry, Suite, Use
 from .training import Draw, Source, TeacherSource, at, clip_of, reference
@@ -110,8 +110,8 @@ class Measures:
             scores=scores,
             speed=self._speed(subject, course, name),
             probe=self._probe(subject, draw.weights),
-            nfe=program.nfe * self._passes,
-            calls=tuple(n * self._passes for n in program.calls(trained.edges)),
+            nfe=program.nfe * passes(self.suite.sampling.guidance),
+            calls=tuple(n * passes(self.suite.sampling.guidance) for n in program.calls(trained.edges)),
             trained=trained,
             facts={key: course[key] for key in ("spacing", "clip", "precision", "guidance") if key in course},
             baseline_of=baseline_of,
@@ -153,11 +153,6 @@ class Measures:
                 label = f"score {source.use.label} {what}"
                 score = self.plan.add(Stage.make("score", label, spec, scoring.needs, scoring.local))
                 self.plan.references.append({"dataset": source.use.label, "what": what, "score": score})
-
-    @property
-    def _passes(self) -> int:
-        """Network evaluations a step of a program costs: with guidance one with the text and one without."""
-        return 1 if self.suite.sampling.guidance in (None, 1) else 2
 
     def _course(self, draw: Draw, subject: Subject) -> dict[str, Any]:
         """What decides a solver program and who is called when."""

@@ -214,6 +214,14 @@ class Registry:
         broken = "".join(f"; plugin {b.distribution} did not load: {b.error}" for b in self.broken)
         raise PluginError(f"no {kind} plugin is called {name!r}{hint} (known: {', '.join(known) or 'none'}){broken}")
 
+    def written(self, plugin: Plugin) -> str:
+        """What a suite writes for ``plugin``: more than its name where another distribution claims that too."""
+        try:
+            clear = self.get(plugin.kind, plugin.name) is plugin
+        except PluginError:
+            clear = False
+        return plugin.name if clear else plugin.key
+
 
 def entry_points() -> Iterable[importlib.metadata.EntryPoint]:
     """The entry points of everything installed here that says it is a plugin."""

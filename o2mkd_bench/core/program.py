@@ -78,6 +78,11 @@ class Program:
         return counts
 
 
+def passes(guidance: float | None) -> int:
+    """Evaluations of the network that a line costs: with guidance one with the text and one without."""
+    return 1 if guidance in (None, 1) else 2
+
+
 @dataclass(frozen=True)
 class Round:
     """One stage of step distillation that must be trained before a sampler can run.

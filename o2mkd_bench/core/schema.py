@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from .blocks import Steps
-from .errors import PluginError
 from .plugins import BUILTIN, Plugin, Registry, registry
 from .suite import Suite
 from .uses import BESIDE, KIND_OF_AXIS
@@ -64,16 +63,8 @@ def _ref(name: str) -> Schema:
 
 def _plugins(found: Registry, kind: str, builtin_only: bool = False) -> list[tuple[str, Plugin]]:
     """Plugins with the name that a suite must write."""
-    named = []
-    for plugin in found.all(kind):
-        if builtin_only and plugin.distribution != BUILTIN:
-            continue
-        try:
-            clear = found.get(kind, plugin.name) is plugin
-        except PluginError:
-            clear = False
-        named.append((plugin.name if clear else f"{plugin.distribution}:{plugin.name}", plugin))
-    return named
+    wanted = [plugin for plugin in found.all(kind) if not builtin_only or plugin.distribution == BUILTIN]
+    return [(found.written(plugin), plugin) for plugin in wanted]
 
 
 def _entry(axis: str, plugins: Sequence[tuple[str, Plugin]], beside: Schema, definitions: Schema) -> Schema:

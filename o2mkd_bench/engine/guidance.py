@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.program import passes
 from .router import Router
 
 
@@ -31,7 +32,7 @@ class Guided:
     @property
     def passes(self) -> int:
         """How many rows of the network's batch an image takes."""
-        return 1 if self.guidance == 1 else 2
+        return passes(self.guidance)
 
     def fit(self, batch: int) -> None:
         """From now on at most ``batch`` images come at once."""

@@ -87,6 +87,11 @@ def _leading(row: Row, column: str) -> Any:
     return row.get(column)
 
 
+def as_csv(results: Results) -> str:
+    """:func:`frame` as CSV: ``\\n`` at the end of lines, floats in their shortest exact form."""
+    return str(frame(results).to_csv(index=False, lineterminator="\n"))
+
+
 def write_csv(results: Results, path: Path) -> None:
-    """:func:`frame` as CSV: UTF-8, ``\\n`` at the end of lines, floats in their shortest exact form."""
-    path.write_text(frame(results).to_csv(index=False, lineterminator="\n"), encoding="utf-8", newline="")
+    """:func:`as_csv` in a file, UTF-8."""
+    path.write_text(as_csv(results), encoding="utf-8", newline="")

@@ -48,6 +48,11 @@ class Metric:
     def header(self) -> str:
         return f"{self.column} {'↑' if self.higher_is_better else '↓'}"
 
+    def best(self, lines: Iterable[Line]) -> Line:
+        """The one of ``lines``, all of which have this score, whose mean is best; of equal ones the first."""
+        pick = max if self.higher_is_better else min
+        return pick(lines, key=lambda line: line.scores[self.column].mean)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -259,7 +264,7 @@ def _emboldened(plain: Sequence[Line], columns: Sequence[Metric]) -> list[Line]:
                 groups[line["dataset"], line["nfe"]].append(i)
         for members in groups.values():
             scores = {i: plain[i].scores[metric.column] for i in members}
-            best = (max if metric.higher_is_better else min)(scores.values(), key=lambda score: score.mean)
+            best = metric.best(plain[i] for i in members).scores[metric.column]
             if best.sd is not None:
                 near = [i for i, s in scores.items() if s.n > 1 and abs(s.mean - best.mean) <= best.sd]
                 bold.update((i, metric.column) for i in near)

@@ -130,8 +130,7 @@ def _best_teachers(metric: Metric, sections: Sequence[Section]) -> list[tuple[st
     for section in sections:
         lines = [line for line in section.lines if line.is_teacher and metric.column in line.scores]
         if lines:
-            pick = max if metric.higher_is_better else min
-            best = pick(lines, key=lambda line: line.scores[metric.column].mean)
+            best = metric.best(lines)
             found.append((f"teacher {section.teacher} at best ({best['nfe']} NFE)", best.scores[metric.column].mean))
     return found
 

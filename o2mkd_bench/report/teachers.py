@@ -47,15 +47,10 @@ def beside(results: Results, sections: Sequence[Section]) -> list[str]:
         teachers = [line for line in timed if line.is_teacher]
         students = [line for line in timed if not line.is_teacher]
         for size in dict.fromkeys(line["student"] for line in students) if teachers else ():
-            best = _best([line for line in students if line["student"] == size], metric)
+            best = metric.best(line for line in students if line["student"] == size)
             near = min(teachers, key=lambda line: abs(math.log(_speed(line) / _speed(best))))
             found.append(_compared(section, metric, best, near))
     return found
-
-
-def _best(lines: Sequence[Line], metric: Metric) -> Line:
-    pick = max if metric.higher_is_better else min
-    return pick(lines, key=lambda line: line.scores[metric.column].mean)
 
 
 def _speed(line: Line) -> float:

@@ -9,6 +9,7 @@ from ..core.errors import UserError
 from ..core.identity import canonical
 from ..core.plan import Plan, Stage
 from ..core.plugins import Registry
+from ..core.program import passes
 from ..core.suite import Training
 from ..engine.memory import Estimate, Network, Step, sampling, training
 
@@ -79,8 +80,8 @@ class Memory:
         else:
             networks = [self._network(name) for name in dict.fromkeys(stage.needs["students"])]
             batch = 1 if stage.local["batch"] == "auto" else stage.local["batch"]
-        passes = 1 if spec.get("guidance") in (None, 1) else 2
-        return {"networks": networks, "batch": batch * passes, "precision": spec["precision"]}
+        each = passes(spec.get("guidance"))
+        return {"networks": networks, "batch": batch * each, "precision": spec["precision"]}
 
     def _pass(self, facts: Mapping[str, Any]) -> Estimate:
         return sampling([self._opened(one, ()) for one in facts["networks"]], facts["batch"], facts["precision"])
