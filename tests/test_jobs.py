@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -326,7 +327,27 @@ def test_baselines_see_what_the_lifted_jobs_see():
         ({"start": "scratch"}, "expert-0 starts from scratch and has no moments to begin anew"),
         ({"steps": 0}, "expert-0 would train 0 steps"),
         ({"serves": Interval(0, 400)}, r"\[0, 400\), \[500, 1000\) do not cover \[0, 1000\) exactly once"),
-        ({"serves": Interval(0, 600)}, "do not cover"),
+        ({"serves": Interval(0, 600), "trains": Interval(0, 600)}, "do not cover"),
+        ({"serves": Interval(0, 600)}, r"expert-0 serves \[0, 600\) and trains \[0, 500\); let it train all"),
+        ({"trains": Interval(2000, 5000)}, r"expert-0 trains \[2000, 5000\), of which its law has nothing"),
+        ({"steps": 10.5}, r"expert-0 has steps 10\.5; make it an int"),
+        ({"horizon": np.int64(3)}, "expert-0 has horizon .*; make it an int"),
+        ({"offset": -1}, "an offset, stream or restart below 0"),
+        ({"offset": 10**6}, "begins at 1000000 of a horizon of"),
+        ({"serves": (0, 500)}, r"expert-0 serves \(0, 500\); make it an Interval, or None"),
+        ({"role": ["a"]}, r"a job has role \['a'\]"),
+        ({"student": None}, "expert-0 has the student None; make it a mapping"),
+        ({"law": None}, "a law of t that is a NoneType; make it a Law"),
+        ({"law": Law((0, 1000), (Fraction(2),))}, "with masses 2; make them fractions from 0 on that add up to 1"),
+        ({"law": Law((0, 500, 1000), (Fraction(2), Fraction(-1)))}, "with masses 2, -1"),
+        ({"law": Law((0, 500, 1000), (Fraction(1),))}, "with 1 masses between 3 ends"),
+        (
+            {"law": Law((0, 5000), (Fraction(1),))},
+            r"with ends \(0, 5000\); make them ints that rise between 0 and 1000",
+        ),
+        ({"normalise": (3000,)}, r"make it a tuple of ints that rise in \(0, 1000\)"),
+        ({"normalise": (500, 250)}, r"normalise \(500, 250\)"),
+        ({"normalise": 500}, "normalise 500"),
         ({"serves": None}, "the 1 intervals"),
     ],
 )
@@ -335,6 +356,16 @@ def test_a_wrapper_is_held_to_its_contract(change, message):
     with pytest.raises(UserError, match=message):
         check_jobs((warmup, replace(low, **change), high), T, "w")
     check_jobs((warmup, low, high), T, "w")
+
+
+def test_who_serves_is_no_start():
+    warmup, low, high = lift()
+    with pytest.raises(UserError, match="expert-1 starts from expert-0, which serves; start from one that does not"):
+        check_jobs((warmup, low, replace(high, start="expert-0")), T, "w")
+    with pytest.raises(UserError, match=r"a dict is among the jobs, which is no o2mkd_bench\.Job"):
+        check_jobs((warmup, low, {"role": "x"}), T, "w")
+    with pytest.raises(UserError, match="has an edge that is no whole number; use // for /"):
+        Interval(0, 500.0)
 
 
 def test_no_intervals_are_no_cover():

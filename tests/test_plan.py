@@ -595,7 +595,7 @@ def test_rounds_that_cannot_be_are_refused(plan):
         ),
         ({"wrappers": ["slim"]}, PluginError, r"wrapper acme:slim gives .* key 'widht'.*; did you mean 'width'"),
         ({"metrics": ["unsure"]}, PluginError, r"metrics:acme:unsure has higher_is_better 'no'; make it True or False"),
-        ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrapper acme:bad failed: KeyError"),
+        ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrap\(\) of plugin wrappers:acme:bad failed: KeyError"),
         ({"wrappers": ["twins"]}, UserError, r"students\.half: .*cannot start from the weights of wide"),
         (
             {"wrappers": [{"o2mkd": {"init": "teacher"}}]},
@@ -654,7 +654,7 @@ def test_rounds_that_cannot_be_are_refused(plan):
         (
             {"students": [{"name": "half", "variant": "bk_tinny"}]},
             UserError,
-            r"students\.half\.variant: unet2d, the family of teacher t, has no variant; .* by width, blocks, config$",
+            r"students\.half\.variant: unet2d, the family of its teacher, has no variant; .* by width, blocks, config$",
         ),
         (
             {"teachers": [{"name": "t", "train": {"model": {"unet2d": {"attention": [5]}}, "images": 3000}}]},

@@ -147,7 +147,9 @@ class Builder:
     def _draws(self) -> list[Draw]:
         found = []
         for entry in self.suite.samplers:
-            sampler = entry.use.plugin.load()(entry.use.options)
+            plugin = entry.use.plugin
+            with plugin.calling("the class", at(self.suite, f"samplers.{entry.label}")):
+                sampler = plugin.load()(entry.use.options)
             for steps, weights in itertools.product(entry.steps, self.suite.sampling.weights):
                 found.append(Draw(entry, sampler, steps, weights))
         return found

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoint, read_checkpoint
-from .errors import UserError
+from .configs import teacher_config
+from .data import DatasetInfo
+from .errors import PluginError, UserError
 from .fingerprint import content_hash
 from .identity import resolved
 from .intervals import Interval, Law
@@ -38,10 +40,16 @@ class Inputs:
         Raises:
             UserError: when its data are not there.
         """
+        where = at(self.suite, f"datasets.{use.label}")
         try:
-            info = use.plugin.load()(use.options, self.suite.base).info()
+            with use.plugin.calling("info()", where):
+                info = use.plugin.load()(use.options, self.suite.base).info()
+        except PluginError:
+            raise
         except UserError as error:
             raise type(error)(at(self.suite, str(error))) from None
+        if wrong := _wrong(info):
+            raise PluginError(f"{where}: info() of plugin datasets:{use.plugin.key} {wrong}; correct the plugin")
         spec = {
             **reference(use),
             "fingerprint": info.fingerprint,
@@ -78,7 +86,9 @@ class Inputs:
                 f"{where}: the teacher draws {shape[0]} x {shape[1]} x {shape[1]} images, dataset {source.use.label} "
                 f"has {source.channels} x {source.size} x {source.size}; name another teacher or dataset"
             )
-        made = TeacherSource(entry.name, "", checkpoint.family, config, checkpoint.schedule, checkpoint.prediction)
+        made = TeacherSource(
+            entry.name, "", checkpoint.family, config, checkpoint.schedule, checkpoint.prediction, given=True
+        )
         network = made.network(config, checkpoint.prediction)
         spec = {"source": "checkpoint", "hash": checkpoint.hash, "network": network}
         stage = Stage.make("teacher", f"teacher {entry.name}", spec, local={"path": str(path), "schedule": given})
@@ -142,10 +152,7 @@ class Inputs:
             raise UserError(
                 f"{where}: dataset {source.use.label} is for teachers that draw from text; give one by path or hub"
             )
-        try:
-            config = family.load()().teacher_config(recipe.model.options, source.channels, source.size)
-        except UserError as error:
-            raise type(error)(f"{where}.model: {error}") from None
+        config = teacher_config(family, recipe.model.options, (source.channels, source.size), f"{where}.model")
         schedule = NoiseSchedule(**entry.schedule.model_dump()) if entry.schedule else NoiseSchedule()
         training = self.suite.training.merged(recipe.training)
         steps = recipe.images // training.batch
@@ -175,3 +182,15 @@ class Inputs:
         }
         stage = Stage.make("teacher", f"teacher {entry.name}", spec, {"data": (source.stage,)}, local)
         return replace(made, stage=self.plan.add(stage))
+
+
+def _wrong(info: Any) -> str:
+    """What is wrong with what a dataset says of itself, in words; empty where nothing is."""
+    if not isinstance(info, DatasetInfo):
+        return f"returns a {type(info).__name__}, which is no o2mkd_bench.DatasetInfo"
+    shape = (info.channels, info.size)
+    if not all(isinstance(text, str) and text for text in (info.fingerprint, info.source)):
+        return f"has fingerprint {info.fingerprint!r} and source {info.source!r}, both of which are texts"
+    if not all(type(number) is int and number > 0 for number in shape):
+        return f"has channels and size {shape}, which are positive ints"
+    return "" if isinstance(info.flip, bool) else f"has flip {info.flip!r}, which is True or False"

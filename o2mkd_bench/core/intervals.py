@@ -19,6 +19,8 @@ class Interval:
     hi: int
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.lo, int) and isinstance(self.hi, int)):
+            raise UserError(f"the interval [{self.lo}, {self.hi}) has an edge that is no whole number; use // for /")
         if not 0 <= self.lo < self.hi:
             raise UserError(f"the interval [{self.lo}, {self.hi}) is empty; its edges must rise from 0")
 

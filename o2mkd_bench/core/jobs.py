@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from .errors import UserError
@@ -146,18 +147,21 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
     """Hold what a wrapper gave to its contract.
 
     Raises:
-        UserError: naming ``where``, unless roles differ, every job has a step and starts from scratch, the teacher or a
-            job before it with the same ``normalise``, and the jobs' ``serves`` cover ``[0, timesteps)`` exactly once.
+        UserError: naming ``where``, unless roles differ, every job is of ints and has a step, samples of its law, and
+            all that it serves to learn, starts from scratch, the teacher or a job before it that serves nothing and has
+            the same ``normalise``, and the jobs' ``serves`` cover ``[0, timesteps)`` exactly once.
     """
     known = {"scratch", "teacher"}
+    for job in jobs:
+        if wrong := _malformed(job, timesteps):
+            raise UserError(f"{where}: {wrong}")
     normalised = {job.role: job.normalise for job in jobs}
+    serving: set[str] = set()
     for job in jobs:
         if job.start not in known:
             raise UserError(f"{where}: {job.role} starts from {job.start!r}, which is no job before it")
         if job.role in known:
             raise UserError(f"{where}: two jobs have the role {job.role!r}, or one of the words scratch and teacher")
-        if job.steps < 1:
-            raise UserError(f"{where}: {job.role} would train {job.steps} steps; raise the budget")
         if normalised.get(job.start, job.normalise) != job.normalise:
             raise UserError(
                 f"{where}: {job.role} continues {job.start}, whose running means are those of other intervals; give "
@@ -165,12 +169,63 @@ def check_jobs(jobs: tuple[Job, ...], timesteps: int, where: str) -> None:
             )
         if job.restart and job.start in ("scratch", "teacher"):
             raise UserError(f"{where}: {job.role} starts from {job.start} and has no moments to begin anew")
+        if job.start in serving:
+            raise UserError(f"{where}: {job.role} starts from {job.start}, which serves; start from one that does not")
         known.add(job.role)
+        if job.serves is not None:
+            serving.add(job.role)
     served = sorted(job.serves for job in jobs if job.serves is not None)
     ends = [0, *(i.hi for i in served)]
     if [i.lo for i in served] != ends[:-1] or ends[-1] != timesteps:
         found = ", ".join(map(str, served)) or "none"
         raise UserError(f"{where}: the {len(served)} intervals {found} do not cover [0, {timesteps}) exactly once")
+
+
+def _malformed(job: Any, timesteps: int) -> str:
+    """What is wrong with a job by itself, in words; empty where nothing is."""
+    if not isinstance(job, Job):
+        return f"a {type(job).__name__} is among the jobs, which is no o2mkd_bench.Job"
+    if not isinstance(job.role, str) or not isinstance(job.start, str):
+        return f"a job has role {job.role!r} and start {job.start!r}; make both texts"
+    for name in ("batch", "steps", "horizon", "offset", "stream", "restart"):
+        value = getattr(job, name)
+        if type(value) is not int:
+            return f"{job.role} has {name} {value!r}; make it an int"
+    if job.steps < 1:
+        return f"{job.role} would train {job.steps} steps; raise the budget"
+    if job.batch < 1 or min(job.offset, job.stream, job.restart) < 0:
+        return f"{job.role} has a batch below 1, or an offset, stream or restart below 0"
+    if not isinstance(job.student, Mapping) or not all(isinstance(key, str) for key in job.student):
+        return f"{job.role} has the student {job.student!r}; make it a mapping of keys to values"
+    if reason := _unlawful(job.law, timesteps):
+        return f"{job.role} has a law of t {reason}"
+    if not isinstance(job.trains, Interval) or job.trains.hi > timesteps or not job.images:
+        return f"{job.role} trains {job.trains}, of which its law has nothing in [0, {timesteps}); give it some"
+    if job.serves is not None and not isinstance(job.serves, Interval):
+        return f"{job.role} serves {job.serves!r}; make it an Interval, or None"
+    if job.serves is not None and not job.trains.lo <= job.serves.lo < job.serves.hi <= job.trains.hi:
+        return f"{job.role} serves {job.serves} and trains {job.trains}; let it train all that it serves"
+    if job.serves is not None and job.horizon <= job.offset:
+        return f"{job.role} begins at {job.offset} of a horizon of {job.horizon}; lay it out over more steps"
+    if not isinstance(job.normalise, tuple) or not _rising((0, *job.normalise, timesteps)):
+        return f"{job.role} has normalise {job.normalise!r}; make it a tuple of ints that rise in (0, {timesteps})"
+    return ""
+
+
+def _unlawful(law: Any, timesteps: int) -> str:
+    if not isinstance(law, Law):
+        return f"that is a {type(law).__name__}; make it a Law"
+    if not _rising(law.ends) or not 0 <= law.ends[0] < law.ends[-1] <= timesteps:
+        return f"with ends {law.ends}; make them ints that rise between 0 and {timesteps}"
+    if len(law.masses) != len(law.ends) - 1:
+        return f"with {len(law.masses)} masses between {len(law.ends)} ends; give one to each pair"
+    if not all(isinstance(mass, Fraction | int) and mass >= 0 for mass in law.masses) or sum(law.masses) != 1:
+        return f"with masses {', '.join(map(str, law.masses))}; make them fractions from 0 on that add up to 1"
+    return ""
+
+
+def _rising(ends: Sequence[Any]) -> bool:
+    return all(type(end) is int for end in ends) and all(a < b for a, b in pairwise(ends))
 
 
 def baseline_batch(jobs: tuple[Job, ...], rule: str, batch: int) -> int:

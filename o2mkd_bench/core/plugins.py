@@ -7,7 +7,8 @@ import importlib.metadata
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
@@ -17,7 +18,7 @@ import pluggy
 from pydantic import ValidationError
 
 from .complaints import complaints, near
-from .errors import PluginError, UserError
+from .errors import CorruptArtifact, PluginError, UserError
 from .hookspecs import API, BASES, GROUP, KINDS, TRAITS, HookSpecs
 from .options import Options
 
@@ -50,6 +51,24 @@ class Plugin:
         """The name that means this plugin whatever else is installed: third parties' with their distribution."""
         return self.name if self.distribution == BUILTIN else f"{self.distribution}:{self.name}"
 
+    @contextmanager
+    def calling(self, what: str, where: str, *passing: type[Exception]) -> Iterator[None]:
+        """What is called of the plugin inside ends well, or in a sentence that names it; ``passing`` goes by.
+
+        Raises:
+            PluginError: for what is no UserError, and no damage of the store.
+        """
+        try:
+            yield
+        except (UserError, CorruptArtifact):
+            raise
+        except passing:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"{where}: {what} of plugin {self.kind}:{self.key} failed: {type(error).__name__}: {error}"
+            ) from error
+
     def load(self) -> Any:
         """The target itself.
 
@@ -59,7 +78,7 @@ class Plugin:
         module, _, attribute = self.target.partition(":")
         try:
             target = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"plugin {self.kind}:{self.name} of {self.distribution} cannot load its target {self.target!r}: "
                 f"{type(error).__name__}: {error}"
@@ -85,8 +104,17 @@ class Plugin:
 
         Raises:
             pydantic.ValidationError: for unknown keys and wrong values.
+            PluginError: for options whose own validation fails otherwise.
         """
-        return self.options.model_validate(dict(options))
+        try:
+            return self.options.model_validate(dict(options))
+        except ValidationError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"the options of plugin {self.kind}:{self.key} cannot be read: {type(error).__name__}: {error}; "
+                "correct the plugin"
+            ) from error
 
     def asked(self, options: Mapping[str, Any], where: str) -> Options:
         """Validated options of the command line.
@@ -163,6 +191,10 @@ class Registry:
             summary: str = "",
             **traits: Any,
         ) -> None:
+            if not isinstance(name, str) or not re.fullmatch(r"[^\s:]+", name):
+                raise PluginError(f"the name of a plugin of {kind} is {name!r}; make it a word without colons")
+            if not isinstance(paper, str) or not isinstance(summary, str):
+                raise PluginError(f"the paper or the summary of {kind}:{name} is no text; put it in quotes")
             if not (inspect.isclass(options) and issubclass(options, Options)):
                 raise PluginError(
                     f"the options of {kind}:{name} are no subclass of o2mkd_bench.Options; derive them from it"
@@ -170,7 +202,16 @@ class Registry:
             if strange := sorted(traits.keys() - set(TRAITS.get(kind, ()))):
                 known = ", ".join(TRAITS.get(kind, ())) or "none"
                 raise PluginError(f"{kind}:{name} has the trait {strange[0]!r}; {kind} have these traits: {known}")
-            if ":" not in target:
+            if options.model_config.get("extra") != "forbid":
+                raise PluginError(f"the options of {kind}:{name} take unknown keys; leave extra as Options has it")
+            switches = ("needs_teacher", "needs_captions", "latent", "learned_variance")
+            for trait in switches:
+                if not isinstance(traits.get(trait, False), bool):
+                    raise PluginError(f"{kind}:{name} has {trait} {traits[trait]!r}; make it True or False")
+            classes = traits.get("class_name", "")
+            if not all(isinstance(one, str) for one in (classes if isinstance(classes, tuple | list) else [classes])):
+                raise PluginError(f"{kind}:{name} has the class_name {classes!r}; make it a text, or a tuple of texts")
+            if not isinstance(target, str) or ":" not in target:
                 raise PluginError(f"the target of {kind}:{name} is {target!r}; write it as 'package.module:Attribute'")
             earlier = self._plugins.get((kind, name), [])
             if any(p.kind == kind and p.name == name for p in found) or distribution in {

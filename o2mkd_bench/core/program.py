@@ -52,6 +52,12 @@ class Program:
     start: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lines, tuple | list) or not all(isinstance(line, Line) for line in self.lines):
+            raise PluginError("a sampler's program has other things than lines; give a tuple of Line")
+        if strange := [
+            line.t for line in self.lines if isinstance(line.t, bool) or not isinstance(line.t, int | float)
+        ]:
+            raise PluginError(f"a line of a sampler's program has t {strange[0]!r}; make it an int or a float")
         if not math.isfinite(self.start):
             raise PluginError(f"a sampler's program multiplies the initial noise by {self.start}")
         for i, line in enumerate(self.lines):
@@ -100,6 +106,17 @@ class Round:
     fine: tuple[int, ...]
     prediction: Literal["epsilon", "v_prediction"]
     share: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("convert", "halve") or self.prediction not in ("epsilon", "v_prediction"):
+            raise PluginError(
+                f"a round of kind {self.kind!r} that ends with students of {self.prediction!r} is none; its kind is "
+                "convert or halve, and they predict epsilon or v_prediction"
+            )
+        if not all(type(t) is int for t in (*self.grid, *self.fine)):
+            raise PluginError("the grids of a round hold other things than ints; give tuples of timesteps")
+        if not isinstance(self.share, int | float) or not 0 < self.share < math.inf:
+            raise PluginError(f"a round has the share {self.share!r} of the budget; make it a number above 0")
 
     def targets(self) -> tuple[tuple[int, int, int | None], ...]:
         """For each grid entry of a ``halve`` round ``(t, t_mid, t_end)``, None for sigma 0; empty for ``convert``.

@@ -170,9 +170,12 @@ def check_sources(plan: Plan, store: Store, registry: Registry) -> None:
             continue
         if stage.kind == "data":
             plugin = registry.get("datasets", stage.spec["name"])
-            plugin.load()(plugin.parse(stage.local["options"]), Path(stage.local["base"])).ready()
+            with plugin.calling("ready()", stage.label):
+                plugin.load()(plugin.parse(stage.local["options"]), Path(stage.local["base"])).ready()
         elif stage.kind == "codec":
-            registry.get("models", stage.spec["family"]["name"]).load()().ready()
+            plugin = registry.get("models", stage.spec["family"]["name"])
+            with plugin.calling("ready()", stage.label):
+                plugin.load()().ready()
 
 
 def _check_only(suite: Suite, only: Sequence[str]) -> None:

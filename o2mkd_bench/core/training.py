@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -10,13 +11,13 @@ from typing import Any
 
 from .blocks import STUDENT_KEYS
 from .complaints import near
+from .configs import family_of, student_config
 from .data import Captions
 from .edges import IMAGES, POINTS, WAITING, Undecided
-from .errors import CorruptArtifact, PluginError, UserError
+from .errors import PluginError, UserError
 from .identity import identity, resolved
 from .intervals import Interval, Law
 from .jobs import Job, Lift, Wrapper, check_jobs
-from .models import ModelFamily
 from .plan import Plan, Stage, Trained
 from .plugins import Plugin, Registry
 from .program import Clip, Round, Sampler
@@ -31,7 +32,14 @@ def at(suite: Suite, key: str) -> str:
 
 def reference(use: Use) -> dict[str, Any]:
     """A plugin and its options as they enter an identity."""
-    return {"name": use.plugin.key, "version": use.plugin.version, "options": resolved(use.options)}
+    try:
+        options = resolved(use.options)
+    except ValueError as error:
+        raise PluginError(
+            f"an option of plugin {use.plugin.kind}:{use.plugin.key} decides no identity ({error}); make it a "
+            "number, a text, a list or a mapping of these"
+        ) from error
+    return {"name": use.plugin.key, "version": use.plugin.version, "options": options}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,10 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class TeacherSource:
-    """A teacher in the plan: its artifact, what is known of it without opening it, and the stage of its codec."""
+    """A teacher in the plan: its artifact, what is known of it without opening it, and the stage of its codec.
+
+    ``given``: it was not trained here.
+    """
 
     name: str
     stage: str
@@ -83,6 +94,7 @@ class TeacherSource:
     schedule: NoiseSchedule
     prediction: str
     codec: str = ""
+    given: bool = False
 
     def network(self, config: Mapping[str, Any], prediction: str) -> dict[str, Any]:
         """What a trained artifact says of its network."""
@@ -176,6 +188,10 @@ class Trainer:
 
     def _measured(self, recipe: Recipe, asked: list[str], students: int, warmup: Job) -> Sequence[int]:
         """Edges by the error over t of the student that ``warmup`` makes; their stage is added to ``asked``."""
+        if warmup.serves is not None:
+            raise UserError(
+                f"measured edges follow from a job that serves nothing, and {warmup.role} serves; make serves None"
+            )
         config = self._config(recipe, warmup, {})
         label = f"{recipe.tag} {warmup.role} seed {recipe.seed}"
         start = self.plan.add(self._job(recipe, warmup, config, label, None))
@@ -207,12 +223,13 @@ class Trainer:
         plugin = recipe.wrapper.use.plugin
         lift = Lift(recipe.teacher.schedule, self._interval_rule, where, measured)
         try:
-            wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
-            jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
-        except (UserError, Undecided, CorruptArtifact):
-            raise
-        except Exception as error:
-            raise PluginError(f"{where}: wrapper {plugin.key} failed: {type(error).__name__}: {error}") from error
+            with plugin.calling("wrap()", where, Undecided):
+                wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
+                jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
+        except UserError as error:
+            if where in str(error):
+                raise
+            raise type(error)(f"{where}: {error}") from error
         check_jobs(jobs, recipe.teacher.schedule.timesteps, where)
         if strange := [key for job in jobs for key in job.student if key not in STUDENT_KEYS]:
             raise PluginError(
@@ -255,28 +272,15 @@ class Trainer:
         """The architecture of a job, which must be that of what it starts from."""
         where = at(self.suite, f"students.{recipe.student.name}")
         teacher = recipe.teacher
-        family: ModelFamily = teacher.family.load()()
-        for key in recipe.student.model_dump(include=set(STUDENT_KEYS), exclude_defaults=True):
-            # a family that does not read it would train a student of full size
-            if key not in family.student_keys:
-                raise UserError(
-                    f"{where}.{key}: {teacher.family.key}, the family of teacher {teacher.name}, has no {key}; its "
-                    f"students are given by {', '.join(family.student_keys)}"
-                )
-        try:
-            config: Mapping[str, Any] = family.student_config(teacher.config, job.student, where)
-        except UserError:
-            raise
-        except Exception as error:  # the teacher's config may be anybody's
-            raise UserError(
-                f"{where}: no student can be derived from the config of teacher {teacher.name} "
-                f"({type(error).__name__}: {error}); correct the teacher's config.json"
-            ) from error
+        own = job.student == recipe.student.model_dump(include=set(STUDENT_KEYS))
+        asked = where if own else f"{where}: wrappers.{recipe.wrapper.label}"
+        config = student_config(teacher.family, teacher.config, job.student, asked, teacher.given)
         before = configs.get(job.start)
         if self._origin(recipe, job) == "teacher":
             asked = where if recipe.student.init == "teacher" else f"{where}: wrappers.{recipe.wrapper.label}"
             # refused now, not when the teacher is there
-            family.check_start(teacher.config, config, asked)
+            with teacher.family.calling("check_start()", asked):
+                family_of(teacher.family, where).check_start(deepcopy(dict(teacher.config)), deepcopy(config), asked)
         # dropout has no weights
         elif before is not None and {**before, "dropout": 0} != {**config, "dropout": 0}:
             raise UserError(
@@ -326,10 +330,18 @@ class Trainer:
             UserError: for steps that its rounds cannot reach, or a share of less than one batch.
         """
         where = at(self.suite, f"samplers.{draw.entry.label}")
+        plugin = draw.entry.use.plugin
         try:
-            rounds = draw.sampler.rounds(recipe.teacher.schedule, draw.steps)
+            with plugin.calling("rounds()", where):
+                rounds = tuple(draw.sampler.rounds(recipe.teacher.schedule, draw.steps))
+        except PluginError:
+            raise
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if strange := [type(one).__name__ for one in rounds if not isinstance(one, Round)]:
+            raise PluginError(
+                f"{where}: plugin samplers:{plugin.key} gives a {strange[0]} as a round, which is no Round"
+            )
         rounds = tuple(r for r in rounds if (r.kind, r.prediction) != ("convert", trained.prediction))
         if rounds and rounds[0].kind == "halve" and rounds[0].prediction != trained.prediction:
             raise UserError(
