@@ -15,7 +15,7 @@ from .core.errors import CorruptArtifact, Diverged, NetworkUnavailable, StageFai
 from .core.events import Event, Kind
 from .core.machine import machine_record
 from .core.plan import Expectation, Plan, Stage
-from .core.sources import sources
+from .core.sources import owner, sources
 from .core.status import UNAVAILABLE, Survey
 from .core.store import Draft
 from .stages import maker
@@ -274,7 +274,7 @@ class Walk:
                 done = self._once(stage)
             except StoreError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._fail(stage, *classify(error))
                 return
         if done:
@@ -374,7 +374,7 @@ class Walk:
         self.bench.observer(Event(kind, name, label, data or {}))
 
 
-def classify(error: Exception) -> tuple[str, str]:
+def classify(error: Exception | SystemExit) -> tuple[str, str]:
     """Reason and category of a failed stage, for a person and for ``status``."""
     import torch
 
@@ -392,9 +392,14 @@ def classify(error: Exception) -> tuple[str, str]:
             return str(error), "user"
     if os.environ.get("O2MKD_TRACEBACK"):
         traceback.print_exception(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {_line(error)} ({os.path.basename(place.filename)}:{place.lineno})", "error"
+    frames = traceback.extract_tb(error.__traceback__)
+    named = ((plugin, frame) for frame in reversed(frames) if (plugin := owner(frame.filename)) is not None)
+    plugin, place = next(named, (None, frames[-1]))
+    told = f"{type(error).__name__}: {_line(error)} ({os.path.basename(place.filename)}:{place.lineno})"
+    return (
+        told if plugin is None else f"plugin {plugin.kind}:{plugin.key} failed: {told}; correct the plugin"
+    ), "error"
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

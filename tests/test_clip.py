@@ -70,6 +70,6 @@ class TestClipScore(MetricContract):
 
     def test_an_image_fits_its_own_caption_best(self, features: tuple[dict[str, torch.Tensor], ...]) -> None:
         metric = self.metric
-        own = metric.compute(features[0], {})["clip"]
+        own = metric.compute(features[0], {})["clip_score"]
         metric.captions = self.captions[1:] + self.captions[:1]
-        assert own > metric.compute(features[0], {})["clip"]
+        assert own > metric.compute(features[0], {})["clip_score"]

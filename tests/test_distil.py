@@ -1,8 +1,10 @@
 """KD terms as the loop computes them: against a hand computation, alone and together, and nothing left behind."""
 
+import sys
+
 import pytest
 import torch
-from tiny_networks import ALL, SCHEDULE, TABLES, Denoiser, call, learn, noised, setting, wide
+from tiny_networks import ALL, SCHEDULE, TABLES, Denoiser, Family, call, learn, noised, setting, wide
 from torch import nn
 
 from o2mkd_bench.core.blocks import Training
@@ -258,12 +260,37 @@ def test_a_method_that_breaks_its_contract_is_told_so(method, told):
         (lambda ctx: ctx.t.zero_(), "t"),
         (lambda ctx: ctx.teacher_features["mid"].mul_(2), r"teacher_features\['mid'\]"),
         (broken, "noise"),
+        # what torch does not count
+        (lambda ctx: ctx.teacher.data.mul_(0), "teacher"),
+        (lambda ctx: ctx.x0.numpy().fill(0), "x0"),
     ],
 )
 def test_a_method_that_writes_into_what_all_see_is_stopped(deed, what):
     objective, _, _ = make(method=Careless(deed))
     with pytest.raises(SharedChanged, match=rf"'hint' writes into ctx\.{what}, .*clamp for clamp_"):
         learn(objective, 0, ROWS)
+
+
+def test_a_method_that_ends_the_program_is_told_so():
+    objective, _, _ = make(method=Careless(lambda ctx: sys.exit(3)))
+    with pytest.raises(PluginError, match=r"'hint' ends the program \(3\); raise an error instead"):
+        learn(objective, 0, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"),
+    [
+        (lambda x: x.mul_(0.5), "writes into what it is given, from which others go on; work on a copy"),
+        (lambda x: x.mean((1, 2, 3), keepdim=True), r"gives \(2, 1, 1, 1\) for x of \(2, 1, 8, 8\); give the raw"),
+        (lambda x: x[:1], r"gives \(1, 1, 8, 8\) for x of \(2, 1, 8, 8\)"),
+        (lambda x: None, "gives NoneType for x of"),
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_family_is_held_to_its_forward(monkeypatch, deed, told, grad):
+    monkeypatch.setattr(Family, "forward", lambda self, network, x, t, condition=None: deed(x))
+    with pytest.raises(PluginError, match=rf"forward\(\) of Family {told}"), torch.set_grad_enabled(grad):
+        call(Denoiser(2))(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("left", [torch.set_grad_enabled, torch.set_default_dtype])

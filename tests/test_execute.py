@@ -1,7 +1,9 @@
 """The walk over a plan: what fails, what is skipped for it, what goes on, and what is tried again."""
 
 import errno
+import importlib
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from toy import Events, session, suite, walk_of
 
-from o2mkd_bench import execute
+from o2mkd_bench import Options, execute
 from o2mkd_bench.core.errors import (
     CorruptArtifact,
     Diverged,
@@ -19,6 +21,7 @@ from o2mkd_bench.core.errors import (
     StoreError,
 )
 from o2mkd_bench.core.plan import Cell, Plan, Stage
+from o2mkd_bench.core.plugins import Plugin
 from o2mkd_bench.core.status import Survey
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.execute import REPAIRS, Walk, classify
@@ -154,6 +157,20 @@ def test_fail_fast_goes_on_when_a_column_stays_empty(made):
     made.walk(fail_fast=True)
     assert made.tries == ["a", "b", "d"]
     assert classify(NetworkUnavailable("no weights here")) == ("no weights here", "unavailable")
+
+
+def test_a_failure_inside_a_plugin_names_it(made, tmp_path, monkeypatch):
+    (tmp_path / "acme_inside.py").write_text("def go(how):\n    how()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    inside = importlib.import_module("acme_inside")
+    plugin = Plugin("samplers", "mine", "acme_inside:go", Options, "1", "", "", "acme", "1")
+    monkeypatch.setattr("o2mkd_bench.core.sources.registry", lambda: SimpleNamespace(all=lambda: [plugin]))
+    made.errors["b"] = lambda draft: inside.go(lambda: {}["k"])
+    made.errors["d"] = lambda draft: inside.go(lambda: sys.exit(5))
+    walk = made.walk()
+    told = "plugin samplers:acme:mine failed: {} (acme_inside.py:2); correct the plugin"
+    assert walk.failed[made.b.identity] == told.format("KeyError: 'k'")
+    assert walk.failed[made.d.identity] == told.format("SystemExit: 5")
 
 
 def test_an_interrupt_is_not_a_failure(made):

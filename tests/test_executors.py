@@ -21,7 +21,7 @@ import pytest
 import yaml
 from toy import Events, run, session, suite, table
 
-from o2mkd_bench.core.errors import StoreError, UserError
+from o2mkd_bench.core.errors import PluginError, StoreError, UserError
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.executor import Executor, Outcome, Report, Site, Task
 from o2mkd_bench.core.runlog import Follower, runs
@@ -289,6 +289,17 @@ def test_rows_are_finished_before_more_is_trained(tmp_path: Path) -> None:
             queue.settle(stage.identity)
     kinds = [stage.kind for stage in queue.ready()]
     assert kinds == ["reference", "samples", "samples", *["student"] * 4, *["speed"] * 3]
+
+
+def test_an_executor_that_does_not_say_whether_it_placed_is_told_so(tmp_path: Path) -> None:
+    class Silent(Recorder):
+        def place(self, task: Task) -> bool:
+            return None  # type: ignore[return-value]
+
+    found = session(ONE_SEED, tmp_path)
+    walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=Silent(1))
+    with pytest.raises(PluginError, match=r"place\(\) of Silent returns None; make it True or False"):
+        walk_.run()
 
 
 class Moody(Recorder):

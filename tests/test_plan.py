@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import PurePath
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from pydantic import field_validator
 from safetensors.numpy import save_file
 
 import o2mkd_plugins
-from o2mkd_bench import Options, UserError, Wrapper, hookimpl
+from o2mkd_bench import Interval, Line, Options, UserError, Wrapper, hookimpl
 from o2mkd_bench.core.build import Machine, build
+from o2mkd_bench.core.data import DatasetInfo, DatasetSource
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.grid import time_grid
+from o2mkd_bench.core.intervals import cover
+from o2mkd_bench.core.plan import Stage
 from o2mkd_bench.core.plugins import BUILTIN, Registry
 from o2mkd_bench.core.program import Round
 from o2mkd_bench.core.session import selection
@@ -89,6 +95,133 @@ class Twins(Wrapper):
         return wide, replace(job, role="expert-0", start="wide")
 
 
+class Texts(DDIM):
+    def program(self, schedule, grid, edges=(), clip="x0"):
+        return replace(super().program(schedule, grid, edges, clip), lines=(Line("999"),))
+
+
+class Unborn(DDIM):
+    def __init__(self, options):
+        raise SystemExit(1)
+
+
+class Rounder(DDIM):
+    needs_rounds = True
+
+    def rounds(self, schedule, steps):
+        return None
+
+
+class Odd(DDIM):
+    needs_rounds = True
+
+    def rounds(self, schedule, steps):
+        return ({"kind": "halve"},)
+
+
+class Layered(Wrapper):
+    def wrap(self, job, lift):
+        return (replace(job, student={**job.student, "variant": "bk_tiny"}),)
+
+
+class Serving(Wrapper):
+    def wrap(self, job, lift):
+        lift.measured(2, job)
+
+
+class Edgy(Wrapper):
+    def wrap(self, job, lift):
+        cover([0], 1000)
+
+
+class Parted(Wrapper):
+    def wrap(self, job, lift):
+        half = lift.schedule.timesteps / 2
+        return tuple(replace(job, role=str(lo), serves=Interval(lo, lo + half)) for lo in (0, half))
+
+
+class Stated(DatasetSource):
+    said: ClassVar[object] = {}
+
+    def info(self):
+        return self.said
+
+    def load(self):
+        raise NotImplementedError
+
+
+class Gone(Stated):
+    def info(self):
+        raise OSError("no disk")
+
+
+INFO = DatasetInfo("ab", "made up", 1, 8, False)
+
+
+class Dict(Stated):
+    pass
+
+
+class Flipped(Stated):
+    said = replace(INFO, flip="no")
+
+
+class Numpy(Stated):
+    said = replace(INFO, size=np.int64(8))
+
+
+class Nameless(Stated):
+    said = replace(INFO, fingerprint=None)
+
+
+class Small(UNet2D):
+    changes: ClassVar[dict[str, object]] = {"sample_size": 4}
+
+    def teacher_config(self, options, channels, size):
+        return super().teacher_config(options, channels, size) | self.changes
+
+
+class Arrays(Small):
+    changes = {"dropout": np.int64(0)}  # noqa: RUF012 - never changed
+
+
+class Nothing(UNet2D):
+    def teacher_config(self, options, channels, size):
+        return None
+
+
+class Raising(UNet2D):
+    def student_config(self, teacher, student, where):
+        return {"x": teacher["wdith"]}
+
+
+class Keyless(UNet2D):
+    student_keys = None
+
+
+class Vandal(UNet2D):
+    """Writes into what it is given."""
+
+    def student_config(self, teacher, student, where):
+        found = super().student_config(teacher, student, where)
+        teacher["block_out_channels"] = [4, 8]
+        student["width"] = 0.1
+        return found
+
+
+class Holding(Options):
+    path: object = PurePath("x")
+
+    @field_validator("path")
+    @classmethod
+    def _given(cls, value):
+        return PurePath("y")
+
+
+def teacher(family):
+    return {"name": "t", "train": {"model": {family: UNET["unet2d"]}, "images": 1024}}
+
+
 def thirds(students, schedule):
     return [schedule.timesteps * k // 3 for k in (1, 2)]
 
@@ -110,16 +243,27 @@ def acme():
         return hookimpl(call, specname=f"register_{kind}")
 
     metric = {"columns": lambda *_: ("q",), "higher_is_better": True}
-    late = [(name, name.title(), {"options": DDIMOptions}) for name in ("empty", "far", "deaf")]
+    others = ("empty", "far", "deaf", "texts", "unborn", "rounder", "odd")
+    late = [(name, name.title(), {"options": DDIMOptions}) for name in others]
+    stated = [(name, name.title(), {}) for name in ("gone", "dict", "flipped", "numpy", "nameless")]
+    families = [
+        (name, name.title(), {"options": UNet2DOptions}) for name in ("small", "arrays", "raising", "keyless", "vandal")
+    ]
+    families.append(("none", "Nothing", {"options": UNet2DOptions}))
+    lifting = [(name, name.title(), {}) for name in ("bad", "twins", "slim", "layered", "serving", "edgy", "parted")]
     networks = {"nameless": lambda *_: None, "careless": lambda options, dataset: {}}
     measures = [(name, "Wrong", {**metric, "network_id": give}) for name, give in networks.items()]
     measures.append(("lettered", "Wrong", {**metric, "columns": lambda *_: "kid", "network_id": gap}))
+    for name, column in {"status": "status", "fid2": "fid", "spaced": "a b"}.items():
+        measures.append((name, "Wrong", {**metric, "columns": lambda *_, c=column: (c,), "network_id": gap}))
     measures.append(("unsure", "Wrong", {**metric, "higher_is_better": "no", "network_id": gap}))
     return SimpleNamespace(
         api=1,
-        kd=declare("kd_methods", ("huber", "Wrong", {})),
+        kd=declare("kd_methods", ("huber", "Wrong", {}), ("holding", "Wrong", {"options": Holding})),
+        datasets=declare("datasets", *stated),
+        models=declare("models", *families),
         samplers=declare("samplers", ("wrong", "Wrong", {"options": DDIMOptions}), ("crash", "Crash", {}), *late),
-        wrappers=declare("wrappers", ("bad", "Bad", {}), ("twins", "Twins", {}), ("slim", "Slim", {})),
+        wrappers=declare("wrappers", *lifting),
         intervals=declare("intervals", ("thirds", "thirds", {})),
         metrics=declare("metrics", ("half", "Wrong", metric), *measures),
     )
@@ -577,6 +721,22 @@ def test_rounds_that_cannot_be_are_refused(plan):
         )
 
 
+def test_an_option_that_is_no_data_is_refused(plan):
+    told = r"methods\.holding: an option of plugin kd_methods:acme:holding decides no identity \(a PurePosixPath cannot"
+    with pytest.raises(UserError, match=told):
+        plan(methods=["holding"])
+
+
+def test_what_a_family_writes_into_is_its_own(plan):
+    found = plan(teachers=[teacher("vandal")], students=[{"name": "half", "width": 0.5}, {"name": "full"}])
+    (made,) = [stage for stage in found.stages.values() if stage.kind == "teacher"]
+    assert made.spec["network"]["config"]["block_out_channels"] == [8, 16]
+    again = Stage.make(made.kind, made.label, made.spec, made.needs)
+    assert again.identity == made.identity
+    widths = [s.spec["network"]["config"]["block_out_channels"] for s in found.stages.values() if s.kind == "student"]
+    assert widths == [[4, 8], [8, 16]]
+
+
 # errors
 
 
@@ -596,6 +756,59 @@ def test_rounds_that_cannot_be_are_refused(plan):
         ({"wrappers": ["slim"]}, PluginError, r"wrapper acme:slim gives .* key 'widht'.*; did you mean 'width'"),
         ({"metrics": ["unsure"]}, PluginError, r"metrics:acme:unsure has higher_is_better 'no'; make it True or False"),
         ({"wrappers": ["bad"]}, PluginError, r"wrappers\.bad: wrap\(\) of plugin wrappers:acme:bad failed: KeyError"),
+        (
+            {"samplers": [{"texts": {"steps": 4}}]},
+            PluginError,
+            r"samplers\.texts: .*has t '999'; make it an int or a fl",
+        ),
+        (
+            {"samplers": [{"unborn": {"steps": 4}}]},
+            PluginError,
+            r"samplers\.unborn: the class of plugin .*unborn failed",
+        ),
+        ({"samplers": [{"rounder": {"steps": 4}}]}, PluginError, r"rounds\(\) of plugin .*:rounder failed: TypeError"),
+        ({"samplers": [{"odd": {"steps": 4}}]}, PluginError, r"samplers:acme:odd gives a dict as a round"),
+        ({"datasets": ["gone"]}, PluginError, r"datasets\.gone: info\(\) of plugin datasets:acme:gone failed: OSError"),
+        (
+            {"datasets": ["dict"]},
+            PluginError,
+            r"datasets:acme:dict returns a dict, which is no o2mkd_bench\.DatasetInfo",
+        ),
+        ({"datasets": ["flipped"]}, PluginError, r"acme:flipped has flip 'no', which is True or False"),
+        ({"datasets": ["numpy"]}, PluginError, r"acme:numpy has channels and size .*, which are positive ints"),
+        ({"datasets": ["nameless"]}, PluginError, r"acme:nameless has fingerprint None and source"),
+        ({"wrappers": ["layered"]}, UserError, r"students\.half: wrappers\.layered\.variant: unet2d, .* no variant"),
+        ({"wrappers": ["serving"]}, UserError, r"wrappers\.serving: measured edges follow from a job that serves noth"),
+        ({"wrappers": ["edgy"]}, UserError, r"wrappers\.edgy: 2 intervals with inner edges \[0\] do not cover"),
+        ({"wrappers": ["parted"]}, UserError, r"wrappers\.parted: .* no whole number; use // for /"),
+        (
+            {"metrics": ["status"]},
+            PluginError,
+            r"metrics:acme:status gives the column 'status', which is a column of ev",
+        ),
+        (
+            {"metrics": ["fid2"]},
+            PluginError,
+            r"metrics:acme:fid2 gives the column 'fid', which stands for the Inception",
+        ),
+        ({"metrics": ["spaced"]}, PluginError, r"gives the column 'a b', which is .*no word of a-z"),
+        ({"teachers": [teacher("small")]}, PluginError, r"says sample_size 4 for images of 1 x 8 x 8; make it 8"),
+        (
+            {"teachers": [teacher("none")]},
+            PluginError,
+            r"teacher_config\(\) of plugin models:acme:none returns a NoneType",
+        ),
+        ({"teachers": [teacher("arrays")]}, PluginError, r"models:acme:arrays returns what is no JSON data \(a int64"),
+        (
+            {"teachers": [teacher("raising")]},
+            PluginError,
+            r"student_config\(\) of plugin models:acme:raising failed: Key",
+        ),
+        (
+            {"teachers": [teacher("keyless")]},
+            PluginError,
+            r"student_keys of plugin models:acme:keyless is None; make it a",
+        ),
         ({"wrappers": ["twins"]}, UserError, r"students\.half: .*cannot start from the weights of wide"),
         (
             {"wrappers": [{"o2mkd": {"init": "teacher"}}]},

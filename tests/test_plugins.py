@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from o2mkd_bench import Options, hookimpl
 from o2mkd_bench.core import plugins
 from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.hookspecs import KINDS
 from o2mkd_bench.core.jobs import Wrapper
-from o2mkd_bench.core.plugins import BUILTIN, Registry, normalised
+from o2mkd_bench.core.plugins import BUILTIN, Plugin, Registry, normalised
 
 
 class HuberOptions(Options):
     delta: float = 0.1
+
+
+class Loose(Options):
+    model_config = ConfigDict(extra="allow")
 
 
 OUTPUT = "o2mkd_plugins.kd.output:OutputMatching"
@@ -83,6 +88,47 @@ def test_a_name_that_is_taken_is_listed_with_its_distribution():
     found = made(acme=module("output", "huber"))
     with pytest.raises(PluginError, match=r"\(known: output, huber, acme:output\)$"):
         found.get("kd_methods", "strange")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"name": Options}, "the name of a plugin of kd_methods is <class .*Options'>; make it a word without colons"),
+        ({"name": "a:b"}, "is 'a:b'; make it a word without colons"),
+        ({"summary": 3}, "the paper or the summary of kd_methods:mine is no text"),
+        ({"target": Options}, "the target of kd_methods:mine is <class"),
+        ({"needs_teacher": "no"}, "kd_methods:mine has needs_teacher 'no'; make it True or False"),
+        ({"options": Loose}, "the options of kd_methods:mine take unknown keys"),
+    ],
+)
+def test_what_is_registered_is_checked(given, told):
+    def declare(register):
+        words = {"name": "mine", "target": "x:y", **given}
+        register(words.pop("name"), words.pop("target"), **words)
+
+    found = Registry()
+    found.add(SimpleNamespace(api=1, kd=hookimpl(declare, specname="register_kd_methods")), "acme", "1", "acme")
+    assert re.search(told, found.broken[0].error), found.broken[0].error
+
+
+def test_options_may_have_other_names_in_a_suite():
+    class Aliased(Options):
+        lam: float = Field(1.0, alias="lambda")
+
+    given = Aliased.model_validate({"lambda": 2})
+    assert Aliased.model_validate(given.model_dump(mode="json")) == given
+
+
+def test_options_that_fail_otherwise_name_their_plugin():
+    class Stumbling(Options):
+        @model_validator(mode="before")
+        @classmethod
+        def _look(cls, value):
+            raise KeyError("gone")
+
+    plugin = Plugin("samplers", "mine", "x:y", Stumbling, "1", "", "", "acme", "1")
+    with pytest.raises(PluginError, match="options of plugin samplers:acme:mine cannot be read: KeyError: 'gone'"):
+        plugin.parse({})
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_with_what_is_broken():

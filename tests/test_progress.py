@@ -271,6 +271,24 @@ def test_a_tracker_has_the_options_that_it_is_given(
             Trackers([text], tmp_path, trackers, print)
 
 
+def test_a_tracker_that_is_none_stops_nothing(
+    trackers: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = ModuleType("fake_trackers")
+    module.Failing = lambda options, out: object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_trackers", module)
+    said: list[str] = []
+    with Trackers(["recorder"], tmp_path, trackers, said.append) as observers:
+        observers(Event("start"))
+    assert said == [
+        "warning: tracker recorder failed and is told nothing more: TypeError: 'object' object is not callable"
+    ]
+    said.clear()
+    with Trackers(["recorder"], tmp_path, trackers, said.append):
+        pass
+    assert said[0].startswith("warning: tracker recorder failed and is told nothing more: AttributeError")
+
+
 def test_an_unknown_tracker_stops_the_run_before_it_starts(trackers: Registry, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="did you mean 'recorder'"):
         Trackers(["recoder"], tmp_path, trackers, print)

@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from results_factory import PROTOCOL, failed, make, row, two_datasets
 
+from o2mkd_bench.core.columns import LEADING_COLUMNS, TIMING_COLUMNS
 from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.report.compare import compare
-from o2mkd_bench.report.frame import LEADING_COLUMNS, TIMING_COLUMNS, frame, write_csv
+from o2mkd_bench.report.frame import frame, write_csv
 from o2mkd_bench.report.lines import lines, sections
 from o2mkd_bench.report.notes import NO_SPREAD
 from o2mkd_bench.report.tables import as_json, latex, markdown, terminal

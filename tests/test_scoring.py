@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from o2mkd_bench import Metric, Options, UserError
+from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.engine.scoring import (
     FeatureNetwork,
     _ahead,
@@ -53,6 +54,16 @@ def test_extract_is_float32_and_does_not_depend_on_the_batch() -> None:
     np.testing.assert_allclose(alone["mean"], x.mean((2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(alone["corner"], x[:, :, 0, 0])
     torch.testing.assert_close(extract(means(["mean"]), torch.from_numpy(x))["mean"], alone["mean"], rtol=0, atol=0)
+
+
+def test_a_network_gives_a_row_an_image() -> None:
+    class Joined(Means):
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            return tuple(values.mean(0, keepdim=True) for values in super().forward(input))
+
+    network = replace(means(["mean"]), extractor=Joined("joined", ["mean"]))
+    with pytest.raises(PluginError, match=r"network means gives \(4, 3\) as mean of 10 images; give one row an image"):
+        extract(network, images(10), batch=3)
 
 
 def test_grey_images_are_repeated_for_a_network_of_colours() -> None:

@@ -522,7 +522,7 @@ def test_a_whole_run(systems: Path, tmp_path: Path) -> None:
     rows = results.document["rows"]
     assert {row["status"] for row in rows} == {"done"}
     assert len(rows) == 2 + 2 * 2 * 2
-    assert all(-1 <= row["scores"]["clip"] <= 1 for row in rows)
+    assert all(-1 <= row["scores"]["clip_score"] <= 1 for row in rows)
     assert {row["nfe"] for row in rows} == {6, 4}
     assert all(row["speed"]["images_per_second"] > 0 and row["guidance"] == 7.5 for row in rows)
     assert {row["clip"] for row in rows} == {"none"}
@@ -587,7 +587,7 @@ def test_the_clip_score_is_that_of_transformers(systems: Path) -> None:
     pixels = (images / 255 - network.extractor.mean) / network.extractor.std
     with torch.no_grad():
         logits = model(**tokens, pixel_values=pixels).logits_per_image / model.logit_scale.exp()
-    assert metric.compute(features, {}) == {"clip": pytest.approx(float(logits.diagonal().mean()), abs=1e-5)}
+    assert metric.compute(features, {}) == {"clip_score": pytest.approx(float(logits.diagonal().mean()), abs=1e-5)}
     assert network.name == "clip:laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
     metric.captions = ()
     with pytest.raises(UserError, match="have 0 captions"):

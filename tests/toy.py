@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from o2mkd_bench.core.columns import TIMING_COLUMNS
 from o2mkd_bench.core.events import Event
 from o2mkd_bench.core.session import Session, prepare
 from o2mkd_bench.core.suite import from_mapping
 from o2mkd_bench.execute import Walk
-from o2mkd_bench.report.frame import TIMING_COLUMNS, write_csv
+from o2mkd_bench.report.frame import write_csv
 from o2mkd_bench.results import document
 from o2mkd_bench.runner import Results, mended
 from o2mkd_bench.stages.bench import Bench

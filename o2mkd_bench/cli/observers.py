@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import call, methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ class Trackers(AbstractContextManager["Trackers"]):
 
     def __call__(self, event: Event) -> None:
         for name, tracker in list(self._live.items()):
-            self._try(name, partial(tracker, event))
+            self._try(name, partial(call, tracker, event))
 
     def __exit__(self, *_: object) -> None:
         for name, tracker in list(self._live.items()):
-            self._try(name, tracker.close)
+            self._try(name, partial(methodcaller("close"), tracker))
 
     def _try(self, name: str, act: Callable[[], Any], keep: bool = False) -> None:
         try:
             made = act()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._live.pop(name, None)
             self._say(f"warning: tracker {name} failed and is told nothing more: {type(error).__name__}: {error}")
         else:

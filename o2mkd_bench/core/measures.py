@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .columns import INCEPTION_COLUMNS, LEADING_COLUMNS, TIMING_COLUMNS
 from .errors import PluginError, UserError
 from .grid import time_grid
 from .identity import identity
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
+from .plugins import BUILTIN
 from .program import Clip, Program, passes
 from .schedule import NoiseSchedule
 from .suite import Expect, SamplerEntry, Suite, Use
@@ -326,6 +329,17 @@ class Measures:
             raise PluginError(
                 f"{at(self.suite, 'metrics')}: columns of plugin metrics:{use.plugin.key} returned {found!r}; "
                 "make it a tuple of names"
+            )
+        for column in found:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", column) or column in (*LEADING_COLUMNS, *TIMING_COLUMNS):
+                reason = "is a column of every table, or no word of a-z, 0-9 and _"
+            elif column in INCEPTION_COLUMNS and use.plugin.distribution != BUILTIN:
+                reason = "stands for the Inception network of 2015 alone"
+            else:
+                continue
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: plugin metrics:{use.plugin.key} gives the column {column!r}, which "
+                f"{reason}; choose another name"
             )
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,6 +67,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """The network with freshly initialised weights, on the CPU in float32, from torch's global generator."""
+
+    def built(self, config: Mapping[str, Any]) -> nn.Module:
+        """:meth:`build` of a config of its own, which it may write into."""
+        return self.build(deepcopy(dict(config)))
 
     @abstractmethod
     def forward(self, network: nn.Module, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

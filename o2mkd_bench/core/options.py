@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Frozen, strict about keys: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, populate_by_name=True
+    )
 
 
 def neutral(default: Any = ..., **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from .complaints import complaints, near
 from .errors import CorruptArtifact, PluginError, UserError
 from .hookspecs import API, BASES, GROUP, KINDS, TRAITS, HookSpecs
+from .identity import resolved
 from .options import Options
 
 BUILTIN = "o2mkd-bench"
@@ -108,12 +109,26 @@ class Plugin:
         """
         try:
             return self.options.model_validate(dict(options))
-        except ValidationError:
+        except (ValidationError, UserError):
             raise
         except Exception as error:
             raise PluginError(
                 f"the options of plugin {self.kind}:{self.key} cannot be read: {type(error).__name__}: {error}; "
                 "correct the plugin"
+            ) from error
+
+    def decides(self, options: Options) -> dict[str, Any]:
+        """What of ``options`` enters identities.
+
+        Raises:
+            PluginError: for values that are no JSON data.
+        """
+        try:
+            return resolved(options)
+        except ValueError as error:
+            raise PluginError(
+                f"an option of plugin {self.kind}:{self.key} decides no identity ({error}); make it a number, a text, "
+                "a list or a mapping of these"
             ) from error
 
     def asked(self, options: Mapping[str, Any], where: str) -> Options:

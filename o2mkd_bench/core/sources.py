@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from .errors import PluginError
 from .plan import Stage
-from .plugins import Registry
+from .plugins import BUILTIN, Plugin, Registry, registry
 
 
 def sources(stage: Stage, registry: Registry) -> dict[str, str]:
@@ -31,6 +32,15 @@ def sources(stage: Stage, registry: Registry) -> dict[str, str]:
     return {f"{kind}:{name}": module_hash(registry.get(kind, name).target.partition(":")[0]) for kind, name in named}
 
 
+def owner(file: str) -> Plugin | None:
+    """A third party's plugin whose module ``file`` is; None for anybody else's."""
+    for plugin in registry().all():
+        with suppress(PluginError):
+            if plugin.distribution != BUILTIN and _source(plugin.target.partition(":")[0]) == Path(file):
+                return plugin
+    return None
+
+
 @cache
 def module_hash(module: str) -> str:
     """The first 16 hex digits of the SHA-256 of a module's source file.
@@ -38,10 +48,14 @@ def module_hash(module: str) -> str:
     Raises:
         PluginError: when there is no such file.
     """
+    return hashlib.sha256(_source(module).read_bytes()).hexdigest()[:16]
+
+
+def _source(module: str) -> Path:
     try:
         found = importlib.util.find_spec(module)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise PluginError(f"the module {module} of a plugin cannot be found: {error}") from None
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise PluginError(f"the module {module} of a plugin has no source file; reinstall its package")
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:16]
+    return Path(found.origin)

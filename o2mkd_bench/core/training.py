@@ -32,14 +32,7 @@ def at(suite: Suite, key: str) -> str:
 
 def reference(use: Use) -> dict[str, Any]:
     """A plugin and its options as they enter an identity."""
-    try:
-        options = resolved(use.options)
-    except ValueError as error:
-        raise PluginError(
-            f"an option of plugin {use.plugin.kind}:{use.plugin.key} decides no identity ({error}); make it a "
-            "number, a text, a list or a mapping of these"
-        ) from error
-    return {"name": use.plugin.key, "version": use.plugin.version, "options": options}
+    return {"name": use.plugin.key, "version": use.plugin.version, "options": use.plugin.decides(use.options)}
 
 
 @dataclass(frozen=True)

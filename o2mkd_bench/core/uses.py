@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ from . import source
 from .blocks import Steps, printable
 from .complaints import complaints, joined, near, unknown_key, wanted
 from .errors import PluginError, UserError
-from .identity import resolved
 from .options import Options
 from .plugins import Plugin, Registry
 from .source import Key, Node
@@ -105,13 +104,14 @@ class Uses:
                 self.problems.add(path, wanted("a mapping of options", raw))
                 return None
             options = plugin.parse(raw or {})
+            decides = plugin.decides(options)
         except ValidationError as error:
             self.problems.invalid(error, plugin.options, path)
             return None
         except UserError as error:
             self.problems.add(path, str(error), plugin=isinstance(error, PluginError))
             return None
-        label = label or written + _given(options)
+        label = label or written + _given(options, decides)
         if not label.isprintable():
             self.problems.add(path, wanted("text that can be printed", label))
             return None
@@ -202,9 +202,9 @@ class Uses:
         return [(name, options, path)], steps
 
 
-def _given(options: Options) -> str:
-    """``(key=value, …)`` for given options that can change a result and are not at their default."""
-    names = [name for name in resolved(options) if name in options.model_fields_set]
+def _given(options: Options, decides: Iterable[str]) -> str:
+    """``(key=value, …)`` for those of the options that were given and decide a result."""
+    names = [name for name in decides if name in options.model_fields_set]
     dumped = options.model_dump(mode="json", include=set(names))
     parts = [f"{n}={dumped[n] if isinstance(dumped[n], str) else json.dumps(dumped[n])}" for n in names]
     return f"({', '.join(parts)})" if parts else ""

@@ -26,7 +26,7 @@ def network_cost(family: ModelFamily, config: Mapping[str, Any], channels: int, 
     """
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), torch.no_grad():
-        network = family.build(config).eval()
+        network = family.built(config).eval()
         x, t = torch.empty(1, channels, size, size), torch.zeros(1, dtype=torch.int64)
         followed = family.condition_shape(network)
         condition = None if followed is None else torch.empty(1, *followed)

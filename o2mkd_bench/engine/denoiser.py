@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import PluginError
 from ..core.mode import PLAIN, Mode
 from ..core.models import ModelFamily
 from ..core.schedule import NoiseSchedule, Prediction
@@ -47,7 +48,14 @@ def forward(
     """The raw prediction in float32, all inputs cast to ``dtype``; on CUDA laid out as ``x`` usually is."""
     layout = torch.contiguous_format if x.is_cuda else torch.preserve_format
     condition = None if condition is None else condition.to(dtype)
-    return family.forward(network, x.to(dtype), t, condition).to(torch.float32, memory_format=layout)
+    raw = family.forward(network, x.to(dtype), t, condition)
+    if not isinstance(raw, Tensor) or raw.shape != x.shape:
+        found = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+        raise PluginError(
+            f"forward() of {type(family).__name__} gives {found} for x of {tuple(x.shape)}; give the raw prediction, "
+            "a tensor of the same shape"
+        )
+    return raw.to(torch.float32, memory_format=layout)
 
 
 def tapped_forward(
@@ -161,8 +169,20 @@ class Call:
                 # students of one architecture see whole batches, halves and quarters: one graph for all of them
                 if self._trained and value is not None:
                     torch._dynamo.maybe_mark_dynamic(value, 0)
+        before = _versions(x, t, condition)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != self._input):
-            return run(self.family, network, x, t, condition, self._input, *taps)
+            found = run(self.family, network, x, t, condition, self._input, *taps)
+        if _versions(x, t, condition) != before:
+            raise PluginError(
+                f"forward() of {type(self.family).__name__} writes into what it is given, from which others go on; "
+                "work on a copy"
+            )
+        return found
+
+
+def _versions(*values: Tensor | None) -> list[int]:
+    """How often each was written into, where torch keeps count."""
+    return [value._version for value in values if value is not None and not value.is_inference()]
 
 
 def _from_the_start(value: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Methods:
 
     def __init__(self, methods: Mapping[str, KDMethod]) -> None:
         self.methods = dict(methods)
+        self._watched: set[str] = set()
         self.weights = {f"{n}/{k}": w for n, m in self.methods.items() for k, w in m.weights().items()}
 
     def features(self, side: Literal["teacher", "student"]) -> list[str]:
@@ -77,8 +78,15 @@ class Methods:
         """
         found: dict[str, Tensor] = {}
         for name, method in self.methods.items():
-            with _looking_only(name, ctx):
-                terms = method.terms(ctx)
+            # what goes past torch's counters is seen in the first pass
+            with _looking_only(name, ctx, thorough=name not in self._watched):
+                try:
+                    terms = method.terms(ctx)
+                except SystemExit as error:
+                    raise PluginError(
+                        f"KD method {name!r} ends the program ({error}); raise an error instead"
+                    ) from error
+            self._watched.add(name)
             if not isinstance(terms, Mapping):
                 raise PluginError(
                     f"KD method {name!r} gives a {type(terms).__name__} as its terms; make it a dict of scalar tensors"
@@ -103,11 +111,15 @@ class Methods:
 
 
 @contextmanager
-def _looking_only(name: str, ctx: StepContext) -> Iterator[None]:
-    """Hold a method to leaving as it is what all others work with: the tensors of the pass, and torch's own modes."""
+def _looking_only(name: str, ctx: StepContext, thorough: bool) -> Iterator[None]:
+    """Hold a method to leaving as it is what all others work with: the tensors of the pass, and torch's own modes.
+
+    ``thorough``: their values are compared too, as ``.data`` and numpy write without being counted.
+    """
     # what is of the student is its own
     shown = {key: value for key, value in ctx.tensors().items() if not key.startswith("student")}
     versions = {key: value._version for key, value in shown.items() if not value.is_inference()}
+    values = {key: value.detach().clone() for key, value in shown.items()} if thorough else {}
     modes = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         yield
@@ -115,7 +127,11 @@ def _looking_only(name: str, ctx: StepContext) -> Iterator[None]:
         left = torch.is_grad_enabled(), torch.get_default_dtype()
         torch.set_grad_enabled(modes[0])
         torch.set_default_dtype(modes[1])
-        if changed := [key for key, version in versions.items() if shown[key]._version != version]:
+        changed = [key for key, version in versions.items() if shown[key]._version != version]
+        changed += [
+            key for key, value in values.items() if not torch.equal(value.nan_to_num(), shown[key].nan_to_num())
+        ]
+        if changed:
             raise SharedChanged(
                 f"KD method {name!r} writes into ctx.{changed[0]}, from which other students learn too; leave it as it "
                 "is, with clamp for clamp_ or on a clone"

@@ -137,7 +137,7 @@ def sampling(networks: Sequence[Network], batch: int, precision: str) -> Estimat
 
 def _built(network: Network) -> tuple[nn.Module, int]:
     """A network of fake tensors in training, and its number of parameters."""
-    made = network.family.build(network.config).train()
+    made = network.family.built(network.config).train()
     return made, sum(p.numel() for p in made.parameters())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..core.errors import PluginError
+from ..core.errors import Diverged, PluginError
 from ..core.program import Clip, Program
 from ..core.schedule import NoiseSchedule
 
@@ -143,16 +143,21 @@ def sample_images(
     Raises:
         OutOfMemoryError: when there is no memory for one image.
         PluginError: when the network was not called ``program.nfe`` times per image.
+        Diverged: when a last state is NaN.
     """
     counted = CountingDenoiser(denoise)
     made = _Arrivals(len(indices), indices.device, on_batch)
+    torn = torch.zeros((), dtype=torch.bool, device=indices.device)
     runs = 0
     while made.sent < len(indices):
         some = indices[made.sent : made.sent + batch]
         try:
             if prompt is not None:
                 prompt(some)
-            made.send((render or to_uint8)(_draw(program, schedule, counted, noise_for, some)))
+            states = _draw(program, schedule, counted, noise_for, some)
+            # told at the end: nothing waits for the device meanwhile
+            torn |= states.isnan().any()
+            made.send((render or to_uint8)(states))
         except torch.OutOfMemoryError:
             if len(some) == 1:
                 raise
@@ -167,7 +172,10 @@ def sample_images(
             on_halve(batch)
         if indices.is_cuda:
             torch.cuda.empty_cache()
-    return made.wait()
+    images = made.wait()
+    if torn:
+        raise Diverged("the images are not numbers (NaN); look at the network and at the sampler's coefficients")
+    return images
 
 
 def _draw(program: Program, schedule: NoiseSchedule, denoise: Denoise, noise_for: NoiseFor, indices: Tensor) -> Tensor:

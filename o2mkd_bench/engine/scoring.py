@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import UserError
+from ..core.errors import PluginError, UserError
 from ..core.options import Options
 
 if TYPE_CHECKING:
@@ -144,12 +144,29 @@ def extract(
         )
     cuda = torch.device(device).type == "cuda"
     module = (network.fast() if cuda and network.fast else network.extractor).to(device).eval()
-    if cuda:
-        return extract_ahead(module, pixels, network.channels, batch, torch.device(device))
+    features = (
+        extract_ahead(module, pixels, network.channels, batch, torch.device(device))
+        if cuda
+        else _extract_here(module, pixels, network.channels, batch, device)
+    )
+    for layer, values in features.items():
+        if values.dim() != 2 or len(values) != len(pixels):
+            raise PluginError(
+                f"feature network {network.name} gives {tuple(values.shape)} as {layer} of {len(pixels)} images; give "
+                "one row an image"
+            )
+    return features
+
+
+def _extract_here(
+    module: Any, pixels: Tensor, channels: int, batch: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    import torch
+
     parts: list[dict[str, Tensor]] = []
     with torch.inference_mode():
         for chunk in torch.split(pixels, batch):
-            chunk = chunk.expand(-1, network.channels, -1, -1).to(device).contiguous()
+            chunk = chunk.expand(-1, channels, -1, -1).to(device).contiguous()
             found = module.convert_features_tuple_to_dict(module(chunk))
             parts.append({layer: value.float().cpu() for layer, value in found.items()})
     return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}

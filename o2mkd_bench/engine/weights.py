@@ -117,7 +117,7 @@ def load_checkpoint(checkpoint: Checkpoint, family: ModelFamily) -> nn.Module:
         UserError: when the weights do not fit the config.
     """
     with torch.random.fork_rng(devices=[]):
-        network = family.build(checkpoint.model)
+        network = family.built(checkpoint.model)
     load_weights(network, checkpoint.weights)
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

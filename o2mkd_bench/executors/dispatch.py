@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from ..core.cohorts import KINDS, gather, stream_of
-from ..core.errors import StoreError
+from ..core.errors import PluginError, StoreError
 from ..core.events import Event
 from ..core.executor import Executor, Outcome, Report, Task
 from ..core.plan import Stage
@@ -88,7 +88,10 @@ class Dispatch(Walk):
     def _place(self, crew: Sequence[Stage]) -> bool:
         names = tuple(stage.identity for stage in crew)
         task = Task(next(self._numbers), names, tuple(self.plan.closure(names).values()), _alone(crew[0]))
-        if not self.executor.place(task):
+        placed = self.executor.place(task)
+        if not isinstance(placed, bool):
+            raise PluginError(f"place() of {type(self.executor).__name__} returns {placed!r}; make it True or False")
+        if not placed:
             return False
         self._flights[task.number] = Flight(task)
         self._queue.take(names)

@@ -6,39 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.columns import LEADING_COLUMNS, TIMING_COLUMNS
 from .lines import Results, Row, metrics
 from .text import count, finite, listed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEXTS = ("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler")
-LEADING_COLUMNS = (
-    *TEXTS,
-    *("steps", "nfe", "spacing", "clip", "guidance", "budget", "weights", "seed", "students", "edges", "calls"),
-    *("prediction", "precision", "device", "batch", "batch_per_student", "steps_per_student", "images_per_student"),
-    *("images_total", "rounds_images", "params_total", "params_active", "macs_per_image", "speed_batch"),
-    *("speed_compile", "speed_device", "samples", "reason"),
-)
-"""Columns before the scores, the same for every suite. A value for each expert is joined with semicolons."""
-
-TIMING_COLUMNS = (
-    "train_seconds",
-    "device_seconds",
-    "shared_with",
-    "images_per_second",
-    "latency_ms_median",
-    "latency_ms_p90",
-    "peak_memory_mb",
-)
-"""Columns at the end, which differ from run to run; all others are the same, byte for byte, on the CPU.
-
-``shared_with``: how many other students a row's students at most shared a pass of their teacher with; where it is not
-0, the seconds before it hold equal parts of what was done for all.
-"""
-
 _INTEGERS = ("steps", "nfe", "seed", "students", "batch", "images_total", "rounds_images")
 _COUNTS = (*_INTEGERS, "params_total", "params_active", "macs_per_image", "speed_batch", "shared_with")
+_ELSEWHERE = {"dtype": "precision"}
 _SPEED = {"speed_batch": "batch", "speed_compile": "compile", "speed_device": "device"}
 
 
@@ -84,7 +61,7 @@ def _counted(values: Sequence[Any]) -> pd.Series[Any]:
 def _leading(row: Row, column: str) -> Any:
     if column in _SPEED:
         return (row.get("speed") or {}).get(_SPEED[column])
-    return row.get(column)
+    return row.get(_ELSEWHERE.get(column, column))
 
 
 def as_csv(results: Results) -> str:

@@ -53,7 +53,7 @@ class Bench:
 
         about = self.network(artifact)
         with torch.random.fork_rng(devices=[]):
-            network = self.family(about).build(about["config"])
+            network = self.family(about).built(about["config"])
         load_weights(network, self.store.read(artifact, f"{weights}.safetensors"))
         return self.place(network.eval().requires_grad_(False))
 

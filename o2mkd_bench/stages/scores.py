@@ -78,18 +78,26 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
     )
     scores: dict[str, Any] = {}
     for ref, metric in zip(stage.spec["metrics"], metrics, strict=True):
+        plugin, before = bench.registry.get("metrics", ref["name"]), _written(ours, theirs)
         try:
-            found = metric.compute(ours, theirs)
+            found = metric.compute(dict(ours), dict(theirs))
         except UserError:
             if "samples" in stage.needs:
                 raise
             continue
-        plugin = bench.registry.get("metrics", ref["name"])
+        if _written(ours, theirs) != before:
+            raise PluginError(f"plugin metrics:{plugin.key} writes into features that others score; work on a copy")
         if wrong := _wrong(found, plugin.traits["columns"](metric.options, metric.dataset)):
             raise PluginError(f"plugin metrics:{plugin.key} {wrong}; correct the plugin")
         scores |= found
     write_json(draft.dir / "scores.json", {"scores": scores, "protocol": asdict(protocol)})
     draft.meta["seconds"] = clock.seconds()
+
+
+def _written(*features: Mapping[str, Tensor]) -> list[str]:
+    """What differs where features were written into, past torch's own count too."""
+    # as text, in which NaN is NaN
+    return [repr(float(values.double().sum())) for some in features for values in some.values()]
 
 
 def _wrong(found: Any, declared: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def build(bench: Bench, about: Mapping[str, Any], seed: int) -> nn.Module:
     """A fresh network on the device; its initial weights depend on the seed and the architecture alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Philox.torch_seed(seed, "initialisation"))
-        network = bench.family(about).build(about["config"])
+        network = bench.family(about).built(about["config"])
     return bench.place(network).train()
 
 

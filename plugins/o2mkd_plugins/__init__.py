@@ -261,6 +261,7 @@ def register_metrics(register: Register) -> None:
         "clip_score",
         "o2mkd_plugins.metrics.clip:ClipScore",
         options=metrics.ClipOptions,
+        version="2",
         paper="arXiv 2104.08718",
         summary="CLIP score: the mean cosine of an image and the text that it was drawn from",
         columns=metrics.clip_columns,

@@ -19,11 +19,11 @@ import pytest
 import yaml
 
 from o2mkd_bench.cli import main
+from o2mkd_bench.core.columns import TIMING_COLUMNS
 from o2mkd_bench.core.manifest import MANIFEST
 from o2mkd_bench.core.session import prepare
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.core.suite import load
-from o2mkd_bench.report.frame import TIMING_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "suites" / "quickstart.yaml"

@@ -204,7 +204,7 @@ def weights_path(options: MetricOptions, base: Path = Path()) -> Path | None:
 
 
 def clip_columns(options: ClipOptions, dataset: str) -> tuple[str, ...]:
-    return ("clip",)
+    return ("clip_score",)
 
 
 def clip_id(options: ClipOptions, dataset: str, base: Path = Path()) -> dict[str, Any]:
