@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from o2mkd_bench import KDMethod, Line, ModelFamily, NoiseSchedule, Program, Sampler, Wrapper, hookimpl
 from o2mkd_bench.core.intervals import cover
@@ -18,6 +19,7 @@ from o2mkd_bench.testing import (
     IntervalRuleContract,
     KDMethodContract,
     MetricContract,
+    ModelContract,
     SamplerContract,
     WrapperContract,
 )
@@ -25,7 +27,7 @@ from o2mkd_bench.testing import (
 # What needs files that are not in the repository has tests of its own.
 ELSEWHERE = {
     *(("datasets", name) for name in ("cifar10", "image_folder", "lsun", "celebahq", "coco")),
-    *(("models", name) for name in ("unet2d", "unet2d_condition")),
+    ("models", "unet2d_condition"),
     ("metrics", "clip_score"),
     *(("trackers", name) for name in ("jsonl", "tensorboard", "wandb")),
     *(("executors", name) for name in ("local", "ray")),
@@ -199,19 +201,17 @@ class TestProgressive(SamplerContract):
     steps = (1, 2, 4, 8, 16)
 
 
-class TestDiT(Contract):
-    kind = "models"
-    name = "dit"
-    base = ModelFamily
-    loaded_by_plan = True
-    options = {"num_layers": 3, "num_attention_heads": 2}
+class TestUNet2D(ModelContract):
+    name = "unet2d"
+    options = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention": [4], "attention_head_dim": 4}
+    students = ({}, {"width": 0.5}, {"blocks": 1}, {"config": {"dropout": 0.1}})
 
-    def planned(self):
-        return (
-            "config = target().teacher_config(parsed, channels=3, size=8)\n"
-            "assert target().student_config(config, {}, 's') == config\n"
-            "assert target().student_config(config, {'width': 0.5, 'blocks': 1}, 's') != config"
-        )
+
+class TestDiT(ModelContract):
+    name = "dit"
+    options = {"num_layers": 3, "num_attention_heads": 2}
+    channels = 3
+    students = ({}, {"width": 0.5, "blocks": 1})
 
 
 class TestDigits(DatasetContract):
@@ -298,8 +298,33 @@ class Generous(Wrapper):
         return tuple(replace(job, role=str(k), serves=half) for k, half in enumerate(halves))
 
 
+class Vandal(ModelFamily):
+    """Writes into whatever it is given."""
+
+    def teacher_config(self, options, channels, size):
+        return {"in_channels": channels, "sample_size": size, "width": 4}
+
+    def student_config(self, teacher, student, where):
+        teacher["width"] = 2
+        return teacher
+
+    def build(self, config):
+        config["bias"] = True
+        return torch.nn.Conv2d(config["in_channels"], config["in_channels"], 1)
+
+    def forward(self, network, x, t, condition=None):
+        return network(x.mul_(0.5)) - x.mean()
+
+    def roles(self, network):
+        return {"mid": "middle"}
+
+
 class Declarations:
     api = 1
+
+    @hookimpl
+    def register_models(register):
+        register("vandal", "test_contracts:Vandal")
 
     @hookimpl
     def register_kd_methods(register):
@@ -359,6 +384,19 @@ def test_images_beyond_the_budget_are_found(bad):
         wrapper.test_budget_is_accounted_for(NoiseSchedule())
     with pytest.raises(AssertionError):
         wrapper.test_several_students_are_declared()
+
+
+def test_a_family_that_writes_into_what_it_is_given_is_found(bad):
+    family = bad(ModelContract, name="vandal")
+    for check in (
+        family.test_a_student_leaves_what_it_is_derived_from,
+        family.test_networks_are_float32_and_leave_their_config,
+        family.test_forward_gives_the_shape_and_writes_into_nothing,
+        family.test_an_image_does_not_depend_on_the_others,
+        family.test_roles_are_modules,
+    ):
+        with pytest.raises(AssertionError):
+            check()
 
 
 def test_a_name_of_two_packages_is_tested_for_none(bad, monkeypatch):

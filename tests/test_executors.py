@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,28 @@ def test_an_executor_that_does_not_say_whether_it_placed_is_told_so(tmp_path: Pa
     walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=Silent(1))
     with pytest.raises(PluginError, match=r"place\(\) of Silent returns None; make it True or False"):
         walk_.run()
+
+
+@pytest.mark.parametrize("kind", ["mute", "confused"])
+def test_an_executor_that_tells_too_little_stops_nobody_for_ever(tmp_path: Path, kind: str) -> None:
+    class Mute(Recorder):
+        def wait(self, seconds: float) -> list[Report]:
+            return [report for report in super().wait(seconds) if report.event is None]
+
+    class Confused(Recorder):
+        def wait(self, seconds: float) -> list[Report]:
+            return [replace(report, task=report.task + 100) for report in super().wait(seconds)]
+
+    found = session(ONE_SEED, tmp_path)
+    executor = {"mute": Mute, "confused": Confused}[kind](1)
+    walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=executor)
+    if kind == "confused":
+        with pytest.raises(PluginError, match="Confused reports of task 100, which it was never given"):
+            walk_.run()
+        return
+    walk_.run()
+    assert "its executor never said how it ended; correct the plugin" in walk_.failed.values()
+    assert walk_.failed.keys() == found.plan.stages.keys()
 
 
 class Moody(Recorder):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+COLUMN = r"[a-z][a-z0-9_]*"
+"""What the name of a score looks like."""
+
 TEXTS = ("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler")
 LEADING_COLUMNS = (
     *TEXTS,

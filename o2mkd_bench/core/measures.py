@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .columns import INCEPTION_COLUMNS, LEADING_COLUMNS, TIMING_COLUMNS
+from .columns import COLUMN, INCEPTION_COLUMNS, LEADING_COLUMNS, TIMING_COLUMNS
 from .errors import PluginError, UserError
 from .grid import time_grid
 from .identity import identity
@@ -331,7 +331,7 @@ class Measures:
                 "make it a tuple of names"
             )
         for column in found:
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", column) or column in (*LEADING_COLUMNS, *TIMING_COLUMNS):
+            if not re.fullmatch(COLUMN, column) or column in (*LEADING_COLUMNS, *TIMING_COLUMNS):
                 reason = "is a column of every table, or no word of a-z, 0-9 and _"
             elif column in INCEPTION_COLUMNS and use.plugin.distribution != BUILTIN:
                 reason = "stands for the Inception network of 2015 alone"

@@ -49,6 +49,7 @@ class Dispatch(Walk):
     _queue: Queue = field(init=False)
     _flights: dict[int, Flight] = field(default_factory=dict)
     _numbers: count[int] = field(default_factory=count)
+    _landed: set[int] = field(default_factory=set)
     _deaths: Counter[str] = field(default_factory=Counter)
     _losses: Counter[str] = field(default_factory=Counter)
     # what another process is at, until when it is left alone
@@ -128,12 +129,17 @@ class Dispatch(Walk):
     def _take(self, report: Report) -> None:
         flight = self._flights.get(report.task)
         if flight is None:
+            if report.task not in self._landed:
+                who = type(self.executor).__name__
+                raise PluginError(f"{who} reports of task {report.task}, which it was never given; correct the plugin")
             return
         if report.event is not None:
             self._hear(flight, report.event)
         elif report.outcome is not None:
+            self._landed.add(report.task)
             self._land(self._flights.pop(report.task), report.outcome)
         else:
+            self._landed.add(report.task)
             self._lose(self._flights.pop(report.task), report)
 
     def _hear(self, flight: Flight, event: Event) -> None:
@@ -155,6 +161,12 @@ class Dispatch(Walk):
         for name in outcome.failed:
             self._settle(name)
         self._return(outcome.held, self.clock() + PAUSE)
+        for name in (n for n in flight.task.names if n not in self._ended and n not in outcome.held):
+            if self.bench.store.has(name):
+                self.made.append(name)
+            else:
+                self._fail(self.plan.stages[name], "its executor never said how it ended; correct the plugin", "died")
+            self._settle(name)
 
     def _return(self, names: Sequence[str], until: float = 0.0) -> None:
         for name in names:

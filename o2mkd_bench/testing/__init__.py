@@ -14,15 +14,15 @@ class each. Needs pytest, which nothing else of this package imports.
 
 import pytest
 
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{part}" for part in ("contract", "data", "executors", "kd", "metrics", "plans", "samplers"))
-)
+_PARTS = ("contract", "data", "executors", "kd", "metrics", "models", "plans", "samplers")
+pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
 
 from .contract import Contract
 from .data import DatasetContract
 from .executors import ExecutorContract
 from .kd import KDMethodContract
 from .metrics import MetricContract
+from .models import ModelContract
 from .plans import IntervalRuleContract, WrapperContract
 from .samplers import SamplerContract
 
@@ -33,6 +33,7 @@ __all__ = [
     "IntervalRuleContract",
     "KDMethodContract",
     "MetricContract",
+    "ModelContract",
     "SamplerContract",
     "WrapperContract",
 ]

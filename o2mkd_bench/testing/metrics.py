@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.columns import COLUMN, LEADING_COLUMNS, TIMING_COLUMNS
 from ..core.identity import canonical
 from ..core.plugins import registry
 from ..engine.scoring import FeatureNetwork, Metric, extract
@@ -70,7 +72,8 @@ class MetricContract(Contract):
 
     def test_columns_are_declared(self) -> None:
         assert self.columns
-        assert all(isinstance(column, str) and column for column in self.columns)
+        assert all(isinstance(column, str) and re.fullmatch(COLUMN, column) for column in self.columns)
+        assert not {*LEADING_COLUMNS, *TIMING_COLUMNS} & set(self.columns)
         assert len(set(self.columns)) == len(self.columns)
 
     def test_better_is_declared(self) -> None:
