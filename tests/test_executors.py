@@ -29,6 +29,7 @@ from o2mkd_bench.core.runlog import Follower, runs
 from o2mkd_bench.core.store import Store
 from o2mkd_bench.executors.choose import Placement, choose
 from o2mkd_bench.executors.dispatch import Dispatch
+from o2mkd_bench.executors.held import Held
 from o2mkd_bench.executors.local import Local, LocalOptions
 from o2mkd_bench.executors.queue import Queue
 from o2mkd_bench.report.frame import write_csv
@@ -292,14 +293,22 @@ def test_rows_are_finished_before_more_is_trained(tmp_path: Path) -> None:
     assert kinds == ["reference", "samples", "samples", *["student"] * 4, *["speed"] * 3]
 
 
-def test_an_executor_that_does_not_say_whether_it_placed_is_told_so(tmp_path: Path) -> None:
-    class Silent(Recorder):
-        def place(self, task: Task) -> bool:
-            return None  # type: ignore[return-value]
-
+@pytest.mark.parametrize(
+    ("method", "given", "told"),
+    [
+        ("place", lambda self, task: None, r"place\(\) of executor Bad gives None; make it True or False"),
+        ("place", lambda self, task: 1 / 0, r"place\(\) of executor Bad failed: ZeroDivisionError"),
+        ("wait", lambda self, seconds: None, r"wait\(\) of executor Bad gives None; make it a list of Report"),
+        ("wait", lambda self, seconds: [(0, 1)], r"wait\(\) of executor Bad gives \[\(0, 1\)\]"),
+        ("slots", lambda self: 2, "slots of executor Bad gives .*; make it a property that is an int above 0"),
+        ("slots", property(lambda self: 0), "slots of executor Bad gives 0"),
+    ],
+)
+def test_an_executor_is_held_to_its_contract(tmp_path: Path, method: str, given: Any, told: str) -> None:
+    bad = type("Bad", (Recorder,), {method: given})(1)
     found = session(ONE_SEED, tmp_path)
-    walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=Silent(1))
-    with pytest.raises(PluginError, match=r"place\(\) of Silent returns None; make it True or False"):
+    walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=Held(bad))
+    with pytest.raises(PluginError, match=told):
         walk_.run()
 
 
@@ -317,7 +326,7 @@ def test_an_executor_that_tells_too_little_stops_nobody_for_ever(tmp_path: Path,
     executor = {"mute": Mute, "confused": Confused}[kind](1)
     walk_ = Dispatch(found.plan, Bench(found.store, "cpu", Events(), found.registry), executor=executor)
     if kind == "confused":
-        with pytest.raises(PluginError, match="Confused reports of task 100, which it was never given"):
+        with pytest.raises(PluginError, match="the executor reports of task 100, which it was never given"):
             walk_.run()
         return
     walk_.run()
@@ -377,7 +386,8 @@ def test_one_device_and_no_wish_is_this_process(tmp_path: Path) -> None:
 )
 def test_a_wish_is_worker_processes(tmp_path: Path, mapping: dict[str, Any], placement: Placement, slots: int) -> None:
     executor = choose(session(mapping, tmp_path), placement, False)
-    assert isinstance(executor, Local)
+    assert isinstance(executor, Held)
+    assert isinstance(executor.executor, Local)
     assert executor.slots == slots
 
 
@@ -388,8 +398,9 @@ def test_several_gpus_are_a_worker_each(tmp_path: Path, monkeypatch: pytest.Monk
     assert executor is not None
     assert executor.slots == 2
     shared = choose(found, Placement(options={"workers": 5}), False)
-    assert isinstance(shared, Local)
-    assert [slot.gpu[-1] for slot in shared._slots] == ["a", "b", "a", "b", "a"]
+    assert isinstance(shared, Held)
+    assert isinstance(shared.executor, Local)
+    assert [slot.gpu[-1] for slot in shared.executor._slots] == ["a", "b", "a", "b", "a"]
 
 
 def test_workers_that_crowd_the_cores_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

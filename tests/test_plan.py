@@ -251,7 +251,11 @@ def acme():
     ]
     families.append(("none", "Nothing", {"options": UNet2DOptions}))
     lifting = [(name, name.title(), {}) for name in ("bad", "twins", "slim", "layered", "serving", "edgy", "parted")]
-    networks = {"nameless": lambda *_: None, "careless": lambda options, dataset: {}}
+    networks = {
+        "objects": lambda *_: {"network": "x", "at": PurePath("y")},
+        "nameless": lambda *_: None,
+        "careless": lambda options, dataset: {},
+    }
     measures = [(name, "Wrong", {**metric, "network_id": give}) for name, give in networks.items()]
     measures.append(("lettered", "Wrong", {**metric, "columns": lambda *_: "kid", "network_id": gap}))
     for name, column in {"status": "status", "fid2": "fid", "spaced": "a b"}.items():
@@ -722,7 +726,7 @@ def test_rounds_that_cannot_be_are_refused(plan):
 
 
 def test_an_option_that_is_no_data_is_refused(plan):
-    told = r"methods\.holding: an option of plugin kd_methods:acme:holding decides no identity \(a PurePosixPath cannot"
+    told = r"methods\.holding: an option of plugin kd_methods:acme:holding decides no identity \(ValueError: a Pure"
     with pytest.raises(UserError, match=told):
         plan(methods=["holding"])
 
@@ -830,6 +834,7 @@ def test_what_a_family_writes_into_is_its_own(plan):
             PluginError,
             r"metrics: columns of .*acme:lettered returned 'kid'; make it a tuple",
         ),
+        ({"metrics": ["objects"]}, PluginError, r"network_id of .*acme:objects returned what is no JSON data \(a Pure"),
         ({"metrics": ["careless"]}, PluginError, r"metrics: network_id of .*acme:careless failed: TypeError"),
         (
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from o2mkd_bench.core.errors import PluginError
 from o2mkd_bench.core.hookspecs import KINDS
 from o2mkd_bench.core.jobs import Wrapper
 from o2mkd_bench.core.plugins import BUILTIN, Plugin, Registry, normalised
+from o2mkd_bench.core.schema import _options
 
 
 class HuberOptions(Options):
@@ -117,6 +119,24 @@ def test_options_may_have_other_names_in_a_suite():
 
     given = Aliased.model_validate({"lambda": 2})
     assert Aliased.model_validate(given.model_dump(mode="json")) == given
+
+
+def test_a_schema_leaves_out_what_json_does_not_know(monkeypatch):
+    class Calling(Options):
+        then: Callable[[], None] = print
+
+    plugin = Plugin("samplers", "mine", "x:y", Calling, "1", "", "", "acme", "1")
+    assert _options("methods", "mine", plugin, {}) == {"type": "object"}
+
+
+def test_a_default_that_cannot_be_made_names_its_plugin():
+    class Needing(Options):
+        weight: float = 1.0
+        double: float = Field(default_factory=lambda data: 2 * data["weight"])
+
+    plugin = Plugin("samplers", "mine", "x:y", Needing, "1", "", "", "acme", "1")
+    with pytest.raises(PluginError, match=r"option of plugin samplers:acme:mine decides no identity \(KeyError: 'we"):
+        plugin.decides(plugin.parse({}))
 
 
 def test_options_that_fail_otherwise_name_their_plugin():

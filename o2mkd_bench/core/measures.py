@@ -10,7 +10,7 @@ from typing import Any
 from .columns import COLUMN, INCEPTION_COLUMNS, LEADING_COLUMNS, TIMING_COLUMNS
 from .errors import PluginError, UserError
 from .grid import time_grid
-from .identity import identity
+from .identity import identity, plain
 from .mode import PLAIN, Mode
 from .plan import Cell, Expectation, Plan, Stage, Trained
 from .plugins import BUILTIN
@@ -302,6 +302,13 @@ class Measures:
                 f"{at(self.suite, 'metrics')}: network_id of plugin metrics:{use.plugin.key} returned {network!r}; "
                 "make it a dict with the network's name under 'network'"
             )
+        try:
+            plain(network)
+        except ValueError as error:
+            raise PluginError(
+                f"{at(self.suite, 'metrics')}: network_id of plugin metrics:{use.plugin.key} returned what is no JSON "
+                f"data ({error}); make it numbers, texts and lists"
+            ) from error
         return network
 
     def _check_drawn_from_text(self, subject: Subject) -> None:

@@ -125,10 +125,11 @@ class Plugin:
         """
         try:
             return resolved(options)
-        except ValueError as error:
+        except Exception as error:
+            # a default that cannot be made fails here too
             raise PluginError(
-                f"an option of plugin {self.kind}:{self.key} decides no identity ({error}); make it a number, a text, "
-                "a list or a mapping of these"
+                f"an option of plugin {self.kind}:{self.key} decides no identity ({type(error).__name__}: {error}); "
+                "make it, and its default, a number, a text, a list or a mapping of these"
             ) from error
 
     def asked(self, options: Mapping[str, Any], where: str) -> Options:

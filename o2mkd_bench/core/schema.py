@@ -87,7 +87,11 @@ def _entry(axis: str, plugins: Sequence[tuple[str, Plugin]], beside: Schema, def
 def _options(axis: str, name: str, plugin: Plugin, definitions: Schema) -> Schema:
     """The options of one plugin, its nested definitions moved to ``definitions``; with ``steps`` for a sampler."""
     template = f"#/$defs/{axis}.{name}.{{model}}"
-    options = plugin.options.model_json_schema(ref_template=template)
+    try:
+        options = plugin.options.model_json_schema(ref_template=template)
+    except Exception:
+        # options of kinds that JSON does not know stop no editor from knowing the rest
+        options = {"type": "object"}
     for inner, definition in options.pop("$defs", {}).items():
         definitions[f"{axis}.{name}.{inner}"] = definition
     options |= _described(plugin)

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.executor import Executor, Site
 from ..core.machine import gpus_like
 from ..core.session import Session
+from .held import Held
 
 LOCAL = "local"
 
@@ -44,5 +45,5 @@ def choose(session: Session, placement: Placement, fail_fast: bool) -> Executor 
     site = Site(
         session.store.root, machine.device, devices, machine.mode, fail_fast, tuple(sys.path), session.store.address
     )
-    found: Executor = make(options, site)
-    return found
+    with plugin.calling("the class", f"--executor {placement.executor}"):
+        return Held(make(options, site))

@@ -89,10 +89,7 @@ class Dispatch(Walk):
     def _place(self, crew: Sequence[Stage]) -> bool:
         names = tuple(stage.identity for stage in crew)
         task = Task(next(self._numbers), names, tuple(self.plan.closure(names).values()), _alone(crew[0]))
-        placed = self.executor.place(task)
-        if not isinstance(placed, bool):
-            raise PluginError(f"place() of {type(self.executor).__name__} returns {placed!r}; make it True or False")
-        if not placed:
+        if not self.executor.place(task):
             return False
         self._flights[task.number] = Flight(task)
         self._queue.take(names)
@@ -130,8 +127,7 @@ class Dispatch(Walk):
         flight = self._flights.get(report.task)
         if flight is None:
             if report.task not in self._landed:
-                who = type(self.executor).__name__
-                raise PluginError(f"{who} reports of task {report.task}, which it was never given; correct the plugin")
+                raise PluginError(f"the executor reports of task {report.task}, which it was never given; correct it")
             return
         if report.event is not None:
             self._hear(flight, report.event)
