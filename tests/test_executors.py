@@ -300,6 +300,11 @@ def test_rows_are_finished_before_more_is_trained(tmp_path: Path) -> None:
         ("place", lambda self, task: 1 / 0, r"place\(\) of executor Bad failed: ZeroDivisionError"),
         ("wait", lambda self, seconds: None, r"wait\(\) of executor Bad gives None; make it a list of Report"),
         ("wait", lambda self, seconds: [(0, 1)], r"wait\(\) of executor Bad gives \[\(0, 1\)\]"),
+        (
+            "wait",
+            lambda self, seconds: [Report(0, outcome={})],
+            r"gives \[Report.*; make it a list of Report, with an Ou",
+        ),
         ("slots", lambda self: 2, "slots of executor Bad gives .*; make it a property that is an int above 0"),
         ("slots", property(lambda self: 0), "slots of executor Bad gives 0"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..core.errors import PluginError, UserError
-from ..core.executor import Executor, Report, Task
+from ..core.executor import Executor, Outcome, Report, Task
 
 T = TypeVar("T")
 
@@ -38,8 +38,10 @@ class Held(Executor):
 
     def wait(self, seconds: float) -> list[Report]:
         found = self._asked("wait()", lambda: self.executor.wait(seconds))
-        are = isinstance(found, list | tuple) and all(isinstance(one, Report) for one in found)
-        return list(self._a("wait()", found, are, "a list of Report"))
+        are = isinstance(found, list | tuple) and all(
+            isinstance(one, Report) and isinstance(one.outcome, Outcome | None) for one in found
+        )
+        return list(self._a("wait()", found, are, "a list of Report, with an Outcome or none"))
 
     def end(self, number: int) -> None:
         self._asked("end()", lambda: self.executor.end(number))
