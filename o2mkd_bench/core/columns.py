@@ -5,9 +5,8 @@ from __future__ import annotations
 COLUMN = r"[a-z][a-z0-9_]*"
 """What the name of a score looks like."""
 
-TEXTS = ("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler")
 LEADING_COLUMNS = (
-    *TEXTS,
+    *("cell", "status", "dataset", "teacher", "student", "method", "wrapper", "role", "baseline_of", "sampler"),
     *("steps", "nfe", "spacing", "clip", "guidance", "budget", "weights", "seed", "students", "edges", "calls"),
     *("prediction", "dtype", "device", "batch", "batch_per_student", "steps_per_student", "images_per_student"),
     *("images_total", "rounds_images", "params_total", "params_active", "macs_per_image", "speed_batch"),

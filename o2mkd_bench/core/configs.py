@@ -38,13 +38,8 @@ def teacher_config(plugin: Plugin, options: Options, shape: tuple[int, int], whe
         UserError: as the family does. PluginError: for a config that is none, or is for other images.
     """
     family = family_of(plugin, where)
-    try:
-        with plugin.calling("teacher_config()", where):
-            found = family.teacher_config(options, *shape)
-    except PluginError:
-        raise
-    except UserError as error:
-        raise type(error)(f"{where}: {error}") from None
+    with plugin.calling("teacher_config()", where, tell=lambda text: f"{where}: {text}"):
+        found = family.teacher_config(options, *shape)
     config = _data(plugin, "teacher_config()", found, where)
     for key, value in zip(("in_channels", "sample_size"), shape, strict=True):
         if config.get(key, value) != value:

@@ -41,13 +41,9 @@ class Inputs:
             UserError: when its data are not there.
         """
         where = at(self.suite, f"datasets.{use.label}")
-        try:
-            with use.plugin.calling("info()", where):
-                info = use.plugin.load()(use.options, self.suite.base).info()
-        except PluginError:
-            raise
-        except UserError as error:
-            raise type(error)(at(self.suite, str(error))) from None
+        # a dataset names its own key
+        with use.plugin.calling("info()", where, tell=lambda text: at(self.suite, text)):
+            info = use.plugin.load()(use.options, self.suite.base).info()
         if wrong := _wrong(info):
             raise PluginError(f"{where}: info() of plugin datasets:{use.plugin.key} {wrong}; correct the plugin")
         spec = {

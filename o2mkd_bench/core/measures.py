@@ -352,15 +352,8 @@ class Measures:
 
     def _asked(self, use: Use, trait: str, *arguments: Any) -> Any:
         """What a trait of a metric says."""
-        try:
+        with use.plugin.calling(trait, at(self.suite, "metrics"), tell=lambda text: at(self.suite, text)):
             return use.plugin.traits[trait](use.options, *arguments)
-        except UserError as error:
-            raise type(error)(at(self.suite, str(error))) from None
-        except Exception as error:
-            raise PluginError(
-                f"{at(self.suite, 'metrics')}: {trait} of plugin metrics:{use.plugin.key} failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
 
 def _wrong(program: Any, declared: int, clip: Clip, draw: Draw, schedule: NoiseSchedule) -> str:

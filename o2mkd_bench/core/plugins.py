@@ -53,15 +53,23 @@ class Plugin:
         return self.name if self.distribution == BUILTIN else f"{self.distribution}:{self.name}"
 
     @contextmanager
-    def calling(self, what: str, where: str, *passing: type[Exception]) -> Iterator[None]:
+    def calling(
+        self, what: str, where: str, *passing: type[Exception], tell: Callable[[str], str] = str
+    ) -> Iterator[None]:
         """What is called of the plugin inside ends well, or in a sentence that names it; ``passing`` goes by.
+
+        ``tell``: what to make of a UserError's text, such as putting the place before it.
 
         Raises:
             PluginError: for what is no UserError, and no damage of the store.
         """
         try:
             yield
-        except (UserError, CorruptArtifact):
+        except UserError as error:
+            if (text := tell(str(error))) == str(error):
+                raise
+            raise type(error)(text) from error
+        except CorruptArtifact:
             raise
         except passing:
             raise

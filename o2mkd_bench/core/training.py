@@ -215,14 +215,11 @@ class Trainer:
         where = at(self.suite, f"wrappers.{recipe.wrapper.label}")
         plugin = recipe.wrapper.use.plugin
         lift = Lift(recipe.teacher.schedule, self._interval_rule, where, measured)
-        try:
-            with plugin.calling("wrap()", where, Undecided):
-                wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
-                jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
-        except UserError as error:
-            if where in str(error):
-                raise
-            raise type(error)(f"{where}: {error}") from error
+        with plugin.calling(
+            "wrap()", where, Undecided, tell=lambda text: text if where in text else f"{where}: {text}"
+        ):
+            wrapper: Wrapper = plugin.load()(recipe.wrapper.use.options)
+            jobs = tuple(wrapper.wrap(self.plain(recipe, steps), lift))
         check_jobs(jobs, recipe.teacher.schedule.timesteps, where)
         if strange := [key for job in jobs for key in job.student if key not in STUDENT_KEYS]:
             raise PluginError(
@@ -324,13 +321,8 @@ class Trainer:
         """
         where = at(self.suite, f"samplers.{draw.entry.label}")
         plugin = draw.entry.use.plugin
-        try:
-            with plugin.calling("rounds()", where):
-                rounds = tuple(draw.sampler.rounds(recipe.teacher.schedule, draw.steps))
-        except PluginError:
-            raise
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        with plugin.calling("rounds()", where, tell=lambda text: f"{where}: {text}"):
+            rounds = tuple(draw.sampler.rounds(recipe.teacher.schedule, draw.steps))
         if strange := [type(one).__name__ for one in rounds if not isinstance(one, Round)]:
             raise PluginError(
                 f"{where}: plugin samplers:{plugin.key} gives a {strange[0]} as a round, which is no Round"

@@ -131,12 +131,13 @@ class Dispatch(Walk):
             return
         if report.event is not None:
             self._hear(flight, report.event)
-        elif report.outcome is not None:
-            self._landed.add(report.task)
-            self._land(self._flights.pop(report.task), report.outcome)
+            return
+        self._landed.add(report.task)
+        del self._flights[report.task]
+        if report.outcome is not None:
+            self._land(flight, report.outcome)
         else:
-            self._landed.add(report.task)
-            self._lose(self._flights.pop(report.task), report)
+            self._lose(flight, report)
 
     def _hear(self, flight: Flight, event: Event) -> None:
         if event.kind == "start" and flight.began is None:

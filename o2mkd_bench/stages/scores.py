@@ -77,15 +77,16 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
         **_rounding(stage, bench),
     )
     scores: dict[str, Any] = {}
+    untouched = _written(ours, theirs)
     for ref, metric in zip(stage.spec["metrics"], metrics, strict=True):
-        plugin, before = bench.registry.get("metrics", ref["name"]), _written(ours, theirs)
+        plugin = bench.registry.get("metrics", ref["name"])
         try:
             found = metric.compute(dict(ours), dict(theirs))
         except UserError:
             if "samples" in stage.needs:
                 raise
             continue
-        if _written(ours, theirs) != before:
+        if _written(ours, theirs) != untouched:
             raise PluginError(f"plugin metrics:{plugin.key} writes into features that others score; work on a copy")
         if wrong := _wrong(found, plugin.traits["columns"](metric.options, metric.dataset)):
             raise PluginError(f"plugin metrics:{plugin.key} {wrong}; correct the plugin")
@@ -97,7 +98,7 @@ def make_score(stage: Stage, bench: Bench, draft: Draft) -> None:
 def _written(*features: Mapping[str, Tensor]) -> list[str]:
     """What differs where features were written into, past torch's own count too."""
     # as text, in which NaN is NaN
-    return [repr(float(values.double().sum())) for some in features for values in some.values()]
+    return [repr(float(values.sum(dtype=torch.float64))) for some in features for values in some.values()]
 
 
 def _wrong(found: Any, declared: Sequence[str]) -> str:

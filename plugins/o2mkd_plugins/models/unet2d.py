@@ -12,6 +12,7 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import ModelFamily
 from o2mkd_bench.core.options import Options
 
+from .levels import check_levels
 from .options import UNet2DOptions
 
 if TYPE_CHECKING:
@@ -228,26 +229,14 @@ def _attending(config: Mapping[str, Any]) -> list[int]:
 
 def _check(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError unless ``config`` is a network that diffusers builds as it is written."""
-    channels, groups, head = (config[key] for key in ("block_out_channels", "norm_num_groups", "attention_head_dim"))
-    levels, layers = len(channels), config["layers_per_block"]
-    if layers < 1:
-        raise UserError(f"{where}: a level of {layers} blocks is none; give blocks, or layers_per_block, of at least 1")
-    if {len(config["down_block_types"]), len(config["up_block_types"])} != {levels}:
-        raise UserError(
-            f"{where}: block_out_channels {list(channels)} has {levels} levels; give as many down_block_types and "
-            "up_block_types"
-        )
-    size = config["sample_size"]
+    check_levels(config, where)
+    channels, head, size = (config[key] for key in ("block_out_channels", "attention_head_dim", "sample_size"))
+    levels = len(channels)
     for side in size if isinstance(size, (list, tuple)) else [size]:
         if side is not None and side % 2 ** (levels - 1):
             raise UserError(
                 f"{where}: images of {side} pixels cannot be halved {levels - 1} times; use fewer levels than {levels}"
             )
-    if not groups or any(c % groups for c in channels):
-        raise UserError(
-            f"{where}: norm_num_groups {groups} does not divide block_out_channels {list(channels)}; "
-            f"use a divisor of {math.gcd(*channels)}"
-        )
     if head is not None and any(c % head for c in _attending(config)):
         raise UserError(
             f"{where}: attention_head_dim {head} does not divide block_out_channels {list(channels)} where there is "

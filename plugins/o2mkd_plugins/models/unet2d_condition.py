@@ -14,6 +14,8 @@ from o2mkd_bench.core.errors import UserError
 from o2mkd_bench.core.models import Codec, ModelFamily
 from o2mkd_bench.core.options import Options
 
+from .levels import check_levels
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -251,20 +253,9 @@ def _narrow(config: Mapping[str, Any], width: float, where: str) -> dict[str, An
 
 def _check(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError unless ``config`` is a network that diffusers builds as it is written."""
-    channels, groups, layers = (config[key] for key in ("block_out_channels", "norm_num_groups", "layers_per_block"))
-    levels, heads = len(channels), config["attention_head_dim"]
-    if {len(config["down_block_types"]), len(config["up_block_types"])} != {levels}:
-        raise UserError(
-            f"{where}: block_out_channels {list(channels)} has {levels} levels; give as many down_block_types and "
-            "up_block_types"
-        )
-    if any(n < 1 for n in (layers if isinstance(layers, Sequence) else [layers])):
-        raise UserError(f"{where}: a level of {layers} blocks is none; give blocks, or layers_per_block, of at least 1")
-    if not groups or any(c % groups for c in channels):
-        raise UserError(
-            f"{where}: norm_num_groups {groups} does not divide block_out_channels {list(channels)}; "
-            f"use a divisor of {math.gcd(*channels)}"
-        )
+    check_levels(config, where)
+    channels, heads = config["block_out_channels"], config["attention_head_dim"]
+    levels = len(channels)
     each = heads if isinstance(heads, Sequence) else [heads] * levels
     if len(each) != levels or any(not h or c % h for c, h in zip(channels, each, strict=True)):
         raise UserError(
